@@ -1,0 +1,163 @@
+"""What a model is, in numbers: `MoEConfig` for one layer, `ModelConfig` for a decoder.
+
+Both are frozen and know nothing of devices or files. `models/families/` makes them from Hugging Face's `config.json`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+def require(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Raises the project's one kind of error line: the argument, what it was, what it should be."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; it should be {expected}")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer.
+
+    Routing, in the order in which it happens (`E` experts, `k` choices a token):
+
+    1. `scoring` of the router's logits in float32: "softmax" (Mixtral, OLMoE, DeepSeek-V2) or "sigmoid" (DeepSeek-V3).
+    2. With `correction_bias`, a learnt vector is added to the scores for choosing, not for weighting (DeepSeek-V3).
+    3. With `n_group` > 1, experts lie in groups of `E / n_group`; a group's score is its best expert's ("max",
+       DeepSeek-V2) or the sum of its best two ("top2_sum", DeepSeek-V3); only the best `topk_group` groups are eligible.
+    4. The `top_k` best eligible experts; with `norm_topk_prob` their weights are divided by their sum.
+    5. All weights are multiplied by `routed_scaling_factor`.
+
+    `shared_intermediate_size` > 0 adds shared experts: one gated MLP that every token passes through, unweighted.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    activation: str = "silu"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    shared_intermediate_size: int = 0
+
+    def __post_init__(self):
+        _require_positive(
+            self, "hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group"
+        )
+        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        require(self.scoring in ("softmax", "sigmoid"), "scoring", self.scoring, "softmax or sigmoid")
+        require(self.group_score in ("max", "top2_sum"), "group_score", self.group_score, "max or top2_sum")
+        require(self.num_experts % self.n_group == 0, "n_group", self.n_group, f"a divisor of {self.num_experts} experts")
+        require(self.topk_group <= self.n_group, "topk_group", self.topk_group, f"at most n_group ({self.n_group})")
+        group_size = self.num_experts // self.n_group
+        require(
+            self.group_score == "max" or self.n_group == 1 or group_size >= 2,
+            "n_group", self.n_group, f"at most {self.num_experts // 2}, so that a group has the two experts it is scored by",
+        )  # fmt: skip
+        eligible = self.topk_group * group_size
+        require(self.top_k <= eligible, "top_k", self.top_k, f"at most the {eligible} experts that a token may choose from")
+        require(
+            self.shared_intermediate_size >= 0, "shared_intermediate_size", self.shared_intermediate_size, "0 or more"
+        )
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., 2021), optionally stretched by YaRN (Peng et al., 2023) or linearly.
+
+    `attention_factor` multiplies cos and sin; None is the paper's `0.1 * ln(factor) + 1`. `softmax_scale_factor`
+    multiplies the softmax scale (DeepSeek's `mscale_all_dim`, squared, as its published code has it).
+    `interleaved` pairs dimensions (0, 1), (2, 3), ... as DeepSeek does; otherwise (0, d/2), (1, d/2 + 1), ...
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    softmax_scale_factor: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention. `qk_norm` normalises queries and keys: "full" over all heads together (OLMoE), "head"
+    each head by itself (Qwen3). `clip_qkv` clamps q, k and v. `sliding_window`: how many last positions are seen."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: Literal["full", "head"] | None = None
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+
+    def __post_init__(self):
+        _require_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_key_value_heads", self.num_kv_heads, f"a divisor of the {self.num_heads} query heads",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). Without `q_lora_rank`, queries are projected directly."""
+
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    def __post_init__(self):
+        _require_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: `moe_layers[i]` says whether layer i holds experts or a dense MLP of `dense_intermediate_size`."""
+
+    vocab_size: int
+    hidden_size: int
+    attention: GQAConfig | MLAConfig
+    rope: RopeConfig
+    moe: MoEConfig
+    moe_layers: tuple[bool, ...]
+    dense_intermediate_size: int = 0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 4096
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
+        require(len(self.moe_layers) > 0, "num_hidden_layers", 0, "a positive integer")
+        require(self.moe.hidden_size == self.hidden_size, "moe.hidden_size", self.moe.hidden_size, str(self.hidden_size))
+        require(
+            all(self.moe_layers) or self.dense_intermediate_size > 0,
+            "intermediate_size", self.dense_intermediate_size, "positive: the model has dense layers",
+        )  # fmt: skip
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.moe_layers)
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,131 @@
+"""Grouped GEMM: rows in groups, each group times its own expert's matrix.
+
+    start = 0
+    for e, size in enumerate(group_sizes):
+        rows = start + arange(size)
+        out[rows] = act(x[rows] @ w[e, 0].T) * (x[rows] @ w[e, 1].T)     # or x[rows] @ w[e].T without a gate
+        start += size
+
+`grouped_gemm` is the only public name. A backend is a module with `matmul` and `outer` (see reference.py for what they
+compute); one that cannot serve a call raises NotImplementedError, and the next is asked.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jax_epmoe.config import require
+from jax_epmoe.kernels.activations import ACTIVATIONS, gate
+from jax_epmoe.kernels.grouped_gemm import reference
+
+# In order of preference.
+BACKENDS = {"xla": reference}
+
+
+def grouped_gemm(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    row_index: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Multiplies each group of rows by its own expert's weights, accumulating in float32; differentiable.
+
+    Args:
+      x: `[rows, k]`; or `[tokens, k]` with `row_index`, whose row r is then `x[row_index[r]]`.
+      w: `[experts, n, k]`; or, with `activation`, `[experts, 2, n, k]`, gate first.
+      group_sizes: `[experts]` int32: how many consecutive rows belong to each expert; their sum is at most `rows`.
+        Rows past the sum are not read and cost no work; their output is unspecified.
+      row_index: `[rows]` int32 or None.
+      bias: `[experts, n]` (`[experts, 2, n]` with `activation`) added before the activation, or None.
+      activation: None, "silu", "gelu" (exact) or "gelu_pytorch_tanh".
+      out_dtype: default x's. Values are rounded once, at the end.
+      backend: "xla"; None picks the fastest that supports the call on this device.
+
+    Returns:
+      `[rows, n]`: `act(x @ gate.T) * (x @ up.T)`, or `x @ w.T` without an activation.
+
+    Raises:
+      ValueError: shapes or names that do not fit, with the argument's name.
+      NotImplementedError: the backend that was asked for by name cannot serve the call.
+    """
+    require(backend is None or backend in BACKENDS, "backend", backend, f"None or one of {', '.join(BACKENDS)}")
+    require(
+        activation is None or activation in ACTIVATIONS, "activation", activation, f"None, {', '.join(ACTIVATIONS)}"
+    )
+    gated = activation is not None
+    expected = "[experts, 2, n, k]" if gated else "[experts, n, k]"
+    require(w.ndim == 3 + gated and (not gated or w.shape[1] == 2), "w.shape", w.shape, expected)
+    require(x.ndim == 2 and x.shape[1] == w.shape[-1], "x.shape", x.shape, f"[rows, {w.shape[-1]}], with the k of w")
+    require(group_sizes.shape == w.shape[:1], "group_sizes.shape", group_sizes.shape, f"[{w.shape[0]}], the experts of w")
+    require(
+        jnp.issubdtype(group_sizes.dtype, jnp.integer), "group_sizes.dtype", str(group_sizes.dtype), "an integer type"
+    )
+    if row_index is not None:
+        require(row_index.ndim == 1, "row_index.shape", row_index.shape, "[rows]")
+    if bias is not None:
+        require(bias.shape == w.shape[:-1], "bias.shape", bias.shape, f"{w.shape[:-1]}, as w's")
+    return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, jnp.dtype(out_dtype or x.dtype), backend)
+
+
+def _first_that_serves(backend: str | None, function: str, *args, **kwargs) -> jax.Array:
+    for module in (BACKENDS[backend],) if backend else BACKENDS.values():
+        try:
+            return getattr(module, function)(*args, **kwargs)
+        except NotImplementedError as error:
+            refusal = error
+    raise refusal
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
+    return _first_that_serves(
+        backend, "matmul", x, w, group_sizes, row_index=row_index, bias=bias, activation=activation, out_dtype=out_dtype
+    )
+
+
+def _forward(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
+    out = _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
+    return out, (x, w, group_sizes, row_index, bias)
+
+
+def _backward(activation, out_dtype, backend, saved, d_out):
+    x, w, group_sizes, row_index, bias = saved
+    experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
+    in_a_group = (jnp.arange(d_out.shape[0]) < jnp.sum(group_sizes))[:, None]
+    rows = x if row_index is None else x[row_index]
+    d_product = d_out
+    if activation is not None:
+        # The product before the gate is computed again rather than kept: two wide rows a row of output.
+        flat_w = w.reshape(experts, 2 * n, k)
+        flat_bias = None if bias is None else bias.reshape(experts, 2 * n)
+        product = _first_that_serves(
+            backend, "matmul", rows, flat_w, group_sizes, bias=flat_bias, out_dtype=jnp.float32
+        )
+        product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n)
+        (d_product,) = jax.vjp(partial(gate, activation), product)[1](d_out.astype(jnp.float32))
+        d_product = d_product.reshape(-1, 2 * n).astype(x.dtype)
+        w_2d = flat_w
+    else:
+        w_2d = w
+    d_product = jnp.where(in_a_group, d_product, 0)
+    d_rows = _first_that_serves(
+        backend, "matmul", d_product, w_2d, group_sizes, transpose_w=True, out_dtype=jnp.float32
+    )
+    d_rows = jnp.where(in_a_group, d_rows, 0)
+    d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
+    d_w = _first_that_serves(backend, "outer", d_product, rows, group_sizes, out_dtype=w.dtype)
+    d_bias = None
+    if bias is not None:
+        ones = jnp.ones((rows.shape[0], 1), d_product.dtype)
+        d_bias = _first_that_serves(backend, "outer", d_product, ones, group_sizes, out_dtype=bias.dtype)
+        d_bias = d_bias.reshape(bias.shape)
+    return d_x.astype(x.dtype), d_w.reshape(w.shape), None, None, d_bias
+
+
+_grouped_gemm.defvjp(_forward, _backward)

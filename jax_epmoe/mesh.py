@@ -1,0 +1,97 @@
+"""The device mesh: its axis names, how to make one, and start-up over several processes.
+
+Axes, always all three, in this order: `data`, `expert`, `tensor`, of sizes `dp_size`, `ep_size` and
+`tp_size // ep_size`. Attention is split over `TP_AXES`, the `tp_size` devices of `expert` and `tensor` together.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jax_epmoe.config import require
+
+DATA = "data"
+EXPERT = "expert"
+TENSOR = "tensor"
+TP_AXES = (EXPERT, TENSOR)
+
+# A launcher's variable that says how many processes it started. `jax.distributed.initialize` finds the rest itself.
+# (Slurm's SLURM_NTASKS is also set in a batch script's own shell, where no peers run.)
+_PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_KUBERNETES_INDEXED_JOB = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
+
+
+def make_mesh(
+    tp_size: int = 1, ep_size: int = 1, dp_size: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `dp_size * tp_size` devices, with automatic sharding axes.
+
+    Args:
+      tp_size: over how many devices attention is split, and every layer's parameters are dealt.
+      ep_size: into how many parts the experts are dealt; divides `tp_size`. Each expert is then split over
+        `tp_size // ep_size` devices: ep_size == tp_size is pure expert parallelism, ep_size == 1 pure tensor parallelism.
+      dp_size: replicas, each of `tp_size` devices, that take different sequences of a batch.
+      devices: which devices; by default the first that JAX lists.
+
+    Raises:
+      ValueError: a size that is not a positive integer, ep_size does not divide tp_size, or too few devices.
+    """
+    for name, value in (("tp_size", tp_size), ("ep_size", ep_size), ("dp_size", dp_size)):
+        require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+    require(tp_size % ep_size == 0, "ep_size", ep_size, f"a divisor of tp_size ({tp_size})")
+    available = list(jax.devices() if devices is None else devices)
+    needed = dp_size * tp_size
+    require(
+        needed <= len(available), "tp_size * dp_size", needed, f"at most the {len(available)} devices that there are"
+    )
+    return jax.make_mesh(
+        (dp_size, ep_size, tp_size // ep_size),
+        (DATA, EXPERT, TENSOR),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=available[:needed],
+    )
+
+
+def axes_size(mesh: Mesh, axes: str | Sequence[str] | None) -> int:
+    """Over how many devices the named axes of a mesh spread an array; 1 for none."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def initialize_distributed(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of this program; does nothing when there are none.
+
+    Slurm, Open MPI and Kubernetes job launchers are found by themselves (`jax.distributed`); elsewhere give all three
+    arguments. Call it before anything asks JAX for its devices.
+
+    Args:
+      coordinator_address: "host:port" of process 0, the same in every process.
+      num_processes: how many processes there are.
+      process_id: this one's number, from 0.
+
+    Raises:
+      ValueError: some of the three arguments are given and others are not, or one is out of range.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in given):
+        require(
+            None not in given, "coordinator_address, num_processes, process_id", given, "given all three, or none"
+        )
+        require(num_processes > 0, "num_processes", num_processes, "a positive integer")
+        require(0 <= process_id < num_processes, "process_id", process_id, f"from 0 to {num_processes - 1}")
+        require(
+            coordinator_address.rpartition(":")[2].isdigit(), "coordinator_address", coordinator_address, "host:port"
+        )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif _launched_with_peers():
+        jax.distributed.initialize()
+
+
+def _launched_with_peers() -> bool:
+    counts = (os.environ.get(name, "1") for name in _PROCESS_COUNT_VARIABLES)
+    return any(count.isdigit() and int(count) > 1 for count in counts) or _KUBERNETES_INDEXED_JOB <= os.environ.keys()

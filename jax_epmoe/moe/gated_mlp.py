@@ -1,0 +1,48 @@
+"""A gated MLP, its intermediate dimension split over the tensor-parallel group: shared experts and dense layers."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_epmoe.kernels.activations import gate
+from jax_epmoe.parameters import parameter
+
+
+class GatedMLP(nnx.Module):
+    """`(act(x @ gate.T) * (x @ up.T)) @ down.T`.
+
+    Parameters: `w_gate_up [2, I, H]` (gate first) and `w_down [H, I]`, I over `axes`, zero-padded to divide.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        axes: Sequence[str],
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.w_gate_up = parameter(
+            (2, intermediate_size, hidden_size), (None, tuple(axes), None), mesh=mesh, dtype=dtype, rngs=rngs
+        )
+        self.w_down = parameter((hidden_size, intermediate_size), (None, tuple(axes)), mesh=mesh, dtype=dtype, rngs=rngs)
+
+    def partial_sum(self, x: jax.Array) -> jax.Array:
+        """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]` float32, to be summed over `axes`."""
+        gate_up = linear(x, self.w_gate_up[...])  # [T, 2, I / devices]
+        hidden = gate(self.activation, gate_up).astype(x.dtype)
+        return linear(hidden, self.w_down[...])
+
+
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [..., k]` times `w [*out, k]` -> `[..., *out]` in float32; float32 operands are multiplied as float32, not tf32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,171 @@
+"""`EPMoE`: a Mixture-of-Experts layer whose experts are dealt over a device mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_epmoe.config import MoEConfig, require
+from jax_epmoe.kernels.grouped_gemm import grouped_gemm
+from jax_epmoe.kernels.rows import combine
+from jax_epmoe.mesh import DATA, EXPERT, TENSOR, axes_size
+from jax_epmoe.moe.gated_mlp import GatedMLP
+from jax_epmoe.moe.plan import make_plan
+from jax_epmoe.moe.router import route
+from jax_epmoe.parameters import parameter, run_on_shards
+
+
+class Router(nnx.Module):
+    """Parameters `weight [E, H]` and, where the config asks, `correction_bias [E]`; float32, on every device."""
+
+    def __init__(self, config: MoEConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        shape = (config.num_experts, config.hidden_size)
+        self.weight = parameter(shape, (None, None), mesh=mesh, dtype=jnp.float32, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.correction_bias = (
+            parameter(shape[:1], (None,), mesh=mesh, dtype=jnp.float32, rngs=rngs, init=zeros)
+            if config.correction_bias
+            else None
+        )
+
+
+class EPMoE(nnx.Module):
+    """Routes tokens to experts that lie on different devices; works inside any Flax NNX model, under `jit` and `grad`.
+
+    The mesh's shape alone decides: experts are dealt over `expert_axis` (expert parallelism), each expert's intermediate
+    dimension is split over `tensor_axis` (tensor parallelism), and both together are the hybrid. Tokens are split over
+    `data_axes` and every device of the expert and tensor axes sees all tokens of its part; the partial outputs
+    are summed by one all-reduce, in x's dtype. No token is ever dropped.
+
+    Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
+    `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`. An I that the mesh does not divide is padded
+    with zeros, which change neither outputs nor gradients.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+        data_axes: str | Sequence[str] | None = DATA,
+        expert_axis: str | None = EXPERT,
+        tensor_axis: str | None = TENSOR,
+        backend: str | None = None,
+    ):
+        """
+        Args:
+          config: sizes and routing.
+          mesh: any mesh that has the axes named below; its axes may be Auto or Explicit, and it need not be set.
+          dtype: of the experts' weights; the router's are float32.
+          rngs: whose `params` stream initialises the weights.
+          data_axes: over which tokens (the first dimension of x) are split, or None.
+          expert_axis: over which experts are dealt, or None.
+          tensor_axis: over which each expert is split, or None.
+          backend: of `grouped_gemm`; None picks the fastest.
+
+        Raises:
+          ValueError: an axis that the mesh lacks, or a number of experts that the mesh does not divide.
+        """
+        data = () if data_axes is None else (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
+        reduced = tuple(axis for axis in (expert_axis, tensor_axis) if axis is not None)
+        for axis in (*data, *reduced):
+            require(axis in mesh.axis_names, "axis name", axis, f"one of the mesh's: {', '.join(mesh.axis_names)}")
+        ep_size = axes_size(mesh, expert_axis)
+        require(config.num_experts % ep_size == 0, "ep_size", ep_size, f"a divisor of the {config.num_experts} experts")
+        self.config = config
+        self.mesh = mesh
+        self.backend = backend
+        self.data_axes = data
+        self.expert_axis = expert_axis
+        self.reduce_axes = reduced
+        experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
+        self.router = Router(config, mesh=mesh, rngs=rngs)
+        self.w_gate_up = parameter(
+            (experts, 2, inner, hidden), (expert_axis, None, tensor_axis, None), mesh=mesh, dtype=dtype, rngs=rngs
+        )
+        self.w_down = parameter(
+            (experts, hidden, inner), (expert_axis, None, tensor_axis), mesh=mesh, dtype=dtype, rngs=rngs
+        )
+        shared_size = config.shared_intermediate_size
+        self.shared = (
+            GatedMLP(
+                hidden, shared_size, activation=config.activation, axes=reduced, mesh=mesh, dtype=dtype, rngs=rngs
+            )
+            if shared_size
+            else None
+        )
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`[..., H]` -> `[..., H]`, in x's dtype.
+
+        Args:
+          x: tokens; its first dimension divides by the devices of `data_axes` (a single token `[H]` needs just one).
+          mask: `[...]` bool: tokens that are False (padding) take no routed experts.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        return self.with_load(x, mask)[0]
+
+    def with_load(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The layer's output, and how many rows each expert got: `[E]` int32."""
+        hidden = self.config.hidden_size
+        require(x.ndim >= 1 and x.shape[-1] == hidden, "x.shape", x.shape, f"[..., {hidden}]")
+        if mask is None:
+            mask = jnp.ones(x.shape[:-1], bool)
+        require(mask.shape == x.shape[:-1], "mask.shape", mask.shape, f"{x.shape[:-1]}, as x's")
+        if x.ndim == 1:
+            y, load = self.with_load(x[None], mask[None])
+            return y[0], load
+        dp_size = axes_size(self.mesh, self.data_axes)
+        require(x.shape[0] % dp_size == 0, "x.shape[0]", x.shape[0], f"a multiple of the {dp_size} devices of {self.data_axes}")
+        x_spec = P(self.data_axes or None, *[None] * (x.ndim - 1))
+        load_axes = (*self.data_axes, *([self.expert_axis] if self.expert_axis else []))
+        y, load = run_on_shards(
+            self,
+            EPMoE._on_device,
+            x,
+            mask,
+            mesh=self.mesh,
+            in_specs=(x_spec, P(*x_spec[:-1])),
+            out_specs=(x_spec, P(load_axes or None)),
+        )
+        return y, jnp.sum(load.reshape(dp_size, self.config.num_experts), axis=0)
+
+    def _on_device(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One device's part, inside the shard_map: its tokens through its experts, and the all-reduce."""
+        config = self.config
+        tokens = x.reshape(-1, config.hidden_size)  # [T, H]
+        local_experts = self.w_down.shape[0]
+        first_expert = jax.lax.axis_index(self.expert_axis) * local_experts if self.expert_axis else 0
+        with jax.named_scope("router"):
+            bias = None if self.router.correction_bias is None else self.router.correction_bias[...]
+            weights, ids = route(tokens, self.router.weight[...], bias, config)
+            ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
+        with jax.named_scope("plan"):
+            plan = make_plan(ids, first_expert, local_experts)
+        with jax.named_scope("gate_up"):
+            hidden = grouped_gemm(
+                tokens,
+                self.w_gate_up[...],
+                plan.group_sizes,
+                row_index=plan.row_token,
+                activation=config.activation,
+                backend=self.backend,
+            )  # [R, I / tensor]
+        with jax.named_scope("down"):
+            y = grouped_gemm(hidden, self.w_down[...], plan.group_sizes, backend=self.backend)  # [R, H]
+        with jax.named_scope("combine"):
+            partial = combine(y, plan.pair_row, weights)  # [T, H]
+        if self.shared is not None:
+            with jax.named_scope("shared_experts"):
+                partial += self.shared.partial_sum(tokens)
+        out = partial.astype(x.dtype)
+        if self.reduce_axes:
+            out = jax.lax.psum(out, self.reduce_axes)
+        return out.reshape(x.shape), plan.group_sizes

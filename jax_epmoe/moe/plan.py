@@ -1,0 +1,41 @@
+"""The plan: which row of a rank's work holds which (token, choice) pair. Integers only; no activations pass through here.
+
+Example, 3 tokens with 2 choices each, on a rank that holds experts 2 and 3:
+
+    ids        [[3, 0], [2, 3], [1, 2]]
+    row_token  [1, 2, 0, 1, ...]         expert 2: tokens 1, 2; expert 3: tokens 0, 1; then the pairs of other ranks
+    group_sizes [2, 2]
+    pair_row   [[2, -], [0, 3], [-, 1]]  "-" (no row here) is `rows`, one past the last
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    row_token: jax.Array  # [R] int32: which token each row is a copy of; R = T * k
+    group_sizes: jax.Array  # [E_local] int32: rows of each local expert
+    pair_row: jax.Array  # [T, k] int32: the row of each pair, or R where its expert lives elsewhere
+
+
+def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: int) -> Plan:
+    """Sorts a rank's (token, choice) pairs by expert; stable, so that a row's place never depends on the run.
+
+    Args:
+      ids: `[T, k]` int32 expert ids; an id that no rank holds (such as the number of experts) is a pair without work.
+      first_expert: the first expert that this rank holds.
+      num_local_experts: how many it holds, `E_local`.
+    """
+    num_tokens, top_k = ids.shape
+    rows = num_tokens * top_k
+    local = ids.reshape(rows) - first_expert
+    is_local = (local >= 0) & (local < num_local_experts)
+    order = jnp.argsort(jnp.where(is_local, local, num_local_experts), stable=True)  # [R]: row -> pair
+    group_sizes = jnp.zeros(num_local_experts, jnp.int32).at[jnp.where(is_local, local, num_local_experts)].add(
+        1, mode="drop"
+    )
+    row_of_pair = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
+    pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
+    return Plan((order // top_k).astype(jnp.int32), group_sizes, pair_row)

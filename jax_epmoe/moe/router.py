@@ -1,0 +1,49 @@
+"""The router: which experts a token goes to, and with what weights. All of it in float32, the same bits on every rank."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_epmoe.config import MoEConfig
+
+
+def route(
+    x: jax.Array, router_weight: jax.Array, correction_bias: jax.Array | None, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses `k` of `E` experts for each token, by the steps that `MoEConfig` lists.
+
+    Args:
+      x: `[T, H]`.
+      router_weight: `[E, H]`.
+      correction_bias: `[E]` or None.
+      config: the layer's.
+
+    Returns:
+      weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
+    """
+    logits = jax.lax.dot_general(
+        x.astype(jnp.float32),
+        router_weight.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)  # [T, E]
+    choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+    if config.n_group > 1:
+        choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
+    _, ids = jax.lax.top_k(jax.lax.stop_gradient(choice), config.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)  # [T, k]
+    if config.norm_topk_prob:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
+    return weights * config.routed_scaling_factor, ids.astype(jnp.int32)
+
+
+def _in_best_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:
+    """`[T, E]` bool: whether an expert's group is among the token's `topk_group` best."""
+    grouped = choice.reshape(choice.shape[0], config.n_group, -1)  # [T, groups, E / groups]
+    if config.group_score == "max":
+        group_scores = jnp.max(grouped, axis=-1)
+    else:
+        group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(group_scores, config.topk_group)  # [T, topk_group]
+    chosen = jnp.any(jax.nn.one_hot(best, config.n_group, dtype=bool), axis=1)  # [T, groups]
+    return jnp.repeat(chosen, grouped.shape[-1], axis=-1)

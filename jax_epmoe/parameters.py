@@ -1,0 +1,79 @@
+"""Parameters that are born on their shards, and modules that run on them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Initializer = Callable[..., jax.Array]
+
+
+def parameter(
+    shape: Sequence[int],
+    partition: Sequence[Any],
+    *,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+    init: Initializer = nnx.initializers.normal(0.02),
+) -> nnx.Param:
+    """A parameter of `shape`, zero-padded to the next size that `partition` can split evenly; no device holds all of it.
+
+    Padding lies at the end of a dimension, and a module that pads must give zeros there no effect. The sharding is kept as
+    Flax's `out_sharding` metadata, so `nnx.get_partition_spec`, `nnx.eval_shape` and optimizers see it.
+    """
+    padded = padded_shape(shape, partition, mesh)
+    sharding = NamedSharding(mesh, P(*partition))
+
+    def make(key: jax.Array) -> jax.Array:
+        return jnp.pad(init(key, tuple(shape), dtype), [(0, to - n) for n, to in zip(shape, padded, strict=True)])
+
+    value = jax.jit(make, out_shardings=sharding)(rngs.params())
+    return nnx.Param(value, out_sharding=P(*partition), mesh=mesh)
+
+
+def padded_shape(shape: Sequence[int], partition: Sequence[Any], mesh: Mesh) -> tuple[int, ...]:
+    """`shape` with each dimension rounded up to a multiple of the devices that `partition` splits it over."""
+    from jax_epmoe.mesh import axes_size
+
+    return tuple(
+        -(-n // parts) * parts for n, parts in ((n, axes_size(mesh, axes)) for n, axes in zip(shape, partition, strict=True))
+    )
+
+
+def run_on_shards(
+    module: nnx.Module,
+    method: Callable[..., Any],
+    *args: Any,
+    mesh: Mesh,
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+) -> Any:
+    """`method(module, *args)` on every device, with that device's shards of the module's parameters and arguments.
+
+    One `shard_map`; the mesh's axes may be Auto or Explicit. Arguments are brought to `in_specs` first.
+    """
+    graphdef, state = nnx.split(module)
+
+    def body(state: nnx.State, *args: Any) -> Any:
+        return method(nnx.merge(graphdef, state), *args)
+
+    if AxisType.Explicit in mesh.axis_types:
+        args = jax.tree.map(
+            lambda spec, arg: jax.tree.map(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, spec)), arg),
+            in_specs,
+            args,
+            is_leaf=lambda leaf: isinstance(leaf, P),
+        )
+    # check_vma=False: with it, gradients through argsort of rank-local keys are silently wrong (jax 0.11.2).
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(nnx.get_partition_spec(state), *in_specs),
+        out_specs=out_specs,
+        check_vma=False,
+    )(state, *args)
