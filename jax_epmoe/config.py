@@ -53,13 +53,13 @@ class MoEConfig:
     shared_intermediate_size: int = 0
 
     def __post_init__(self):
-        _require_positive(
-            self, "hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group"
-        )
+        _require_positive(self, "hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group")
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         require(self.scoring in ("softmax", "sigmoid"), "scoring", self.scoring, "softmax or sigmoid")
         require(self.group_score in ("max", "top2_sum"), "group_score", self.group_score, "max or top2_sum")
-        require(self.num_experts % self.n_group == 0, "n_group", self.n_group, f"a divisor of {self.num_experts} experts")
+        require(
+            self.num_experts % self.n_group == 0, "n_group", self.n_group, f"a divisor of {self.num_experts} experts"
+        )
         require(self.topk_group <= self.n_group, "topk_group", self.topk_group, f"at most n_group ({self.n_group})")
         group_size = self.num_experts // self.n_group
         require(
@@ -67,7 +67,9 @@ class MoEConfig:
             "n_group", self.n_group, f"at most {self.num_experts // 2}, so that a group has the two experts it is scored by",
         )  # fmt: skip
         eligible = self.topk_group * group_size
-        require(self.top_k <= eligible, "top_k", self.top_k, f"at most the {eligible} experts that a token may choose from")
+        require(
+            self.top_k <= eligible, "top_k", self.top_k, f"at most the {eligible} experts that a token may choose from"
+        )
         require(
             self.shared_intermediate_size >= 0, "shared_intermediate_size", self.shared_intermediate_size, "0 or more"
         )
@@ -77,8 +79,8 @@ class MoEConfig:
 class RopeConfig:
     """Rotary position embedding (Su et al., 2021), optionally stretched by YaRN (Peng et al., 2023) or linearly.
 
-    `attention_factor` multiplies cos and sin; None is the paper's `0.1 * ln(factor) + 1`. `softmax_scale_factor`
-    multiplies the softmax scale (DeepSeek's `mscale_all_dim`, squared, as its published code has it).
+    `attention_factor` multiplies cos and sin (the paper: `0.1 * ln(factor) + 1`); `softmax_scale_factor` multiplies the
+    softmax scale (DeepSeek's `mscale_all_dim`, squared, as its published code has it).
     `interleaved` pairs dimensions (0, 1), (2, 3), ... as DeepSeek does; otherwise (0, d/2), (1, d/2 + 1), ...
     """
 
@@ -89,7 +91,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    attention_factor: float | None = None
+    attention_factor: float = 1.0
     softmax_scale_factor: float = 1.0
     interleaved: bool = False
 
@@ -116,7 +118,10 @@ class GQAConfig:
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1). Without `q_lora_rank`, queries are projected directly."""
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). Without `q_lora_rank`, queries are projected directly.
+
+    `latent_norm_eps`: of the norms of the query's and the cache's latents; the published code fixes it at 1e-6.
+    """
 
     num_heads: int
     kv_lora_rank: int
@@ -124,6 +129,7 @@ class MLAConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     q_lora_rank: int | None = None
+    latent_norm_eps: float = 1e-6
 
     def __post_init__(self):
         _require_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -149,7 +155,9 @@ class ModelConfig:
     def __post_init__(self):
         _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         require(len(self.moe_layers) > 0, "num_hidden_layers", 0, "a positive integer")
-        require(self.moe.hidden_size == self.hidden_size, "moe.hidden_size", self.moe.hidden_size, str(self.hidden_size))
+        require(
+            self.moe.hidden_size == self.hidden_size, "moe.hidden_size", self.moe.hidden_size, str(self.hidden_size)
+        )
         require(
             all(self.moe_layers) or self.dense_intermediate_size > 0,
             "intermediate_size", self.dense_intermediate_size, "positive: the model has dense layers",

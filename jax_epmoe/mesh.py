@@ -79,9 +79,7 @@ def initialize_distributed(
     """
     given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
-        require(
-            None not in given, "coordinator_address, num_processes, process_id", given, "given all three, or none"
-        )
+        require(None not in given, "coordinator_address, num_processes, process_id", given, "given all three, or none")
         require(num_processes > 0, "num_processes", num_processes, "a positive integer")
         require(0 <= process_id < num_processes, "process_id", process_id, f"from 0 to {num_processes - 1}")
         require(

@@ -41,7 +41,8 @@ def padded_shape(shape: Sequence[int], partition: Sequence[Any], mesh: Mesh) -> 
     from jax_epmoe.mesh import axes_size
 
     return tuple(
-        -(-n // parts) * parts for n, parts in ((n, axes_size(mesh, axes)) for n, axes in zip(shape, partition, strict=True))
+        -(-n // parts) * parts
+        for n, parts in ((n, axes_size(mesh, axes)) for n, axes in zip(shape, partition, strict=True))
     )
 
 

@@ -32,7 +32,9 @@ class GatedMLP(nnx.Module):
         self.w_gate_up = parameter(
             (2, intermediate_size, hidden_size), (None, tuple(axes), None), mesh=mesh, dtype=dtype, rngs=rngs
         )
-        self.w_down = parameter((hidden_size, intermediate_size), (None, tuple(axes)), mesh=mesh, dtype=dtype, rngs=rngs)
+        self.w_down = parameter(
+            (hidden_size, intermediate_size), (None, tuple(axes)), mesh=mesh, dtype=dtype, rngs=rngs
+        )
 
     def partial_sum(self, x: jax.Array) -> jax.Array:
         """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]` float32, to be summed over `axes`."""

@@ -93,9 +93,7 @@ class EPMoE(nnx.Module):
         )
         shared_size = config.shared_intermediate_size
         self.shared = (
-            GatedMLP(
-                hidden, shared_size, activation=config.activation, axes=reduced, mesh=mesh, dtype=dtype, rngs=rngs
-            )
+            GatedMLP(hidden, shared_size, activation=config.activation, axes=reduced, mesh=mesh, dtype=dtype, rngs=rngs)
             if shared_size
             else None
         )
@@ -123,7 +121,12 @@ class EPMoE(nnx.Module):
             y, load = self.with_load(x[None], mask[None])
             return y[0], load
         dp_size = axes_size(self.mesh, self.data_axes)
-        require(x.shape[0] % dp_size == 0, "x.shape[0]", x.shape[0], f"a multiple of the {dp_size} devices of {self.data_axes}")
+        require(
+            x.shape[0] % dp_size == 0,
+            "x.shape[0]",
+            x.shape[0],
+            f"a multiple of the {dp_size} devices of {self.data_axes}",
+        )
         x_spec = P(self.data_axes or None, *[None] * (x.ndim - 1))
         load_axes = (*self.data_axes, *([self.expert_axis] if self.expert_axis else []))
         y, load = run_on_shards(

@@ -33,8 +33,8 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     local = ids.reshape(rows) - first_expert
     is_local = (local >= 0) & (local < num_local_experts)
     order = jnp.argsort(jnp.where(is_local, local, num_local_experts), stable=True)  # [R]: row -> pair
-    group_sizes = jnp.zeros(num_local_experts, jnp.int32).at[jnp.where(is_local, local, num_local_experts)].add(
-        1, mode="drop"
+    group_sizes = (
+        jnp.zeros(num_local_experts, jnp.int32).at[jnp.where(is_local, local, num_local_experts)].add(1, mode="drop")
     )
     row_of_pair = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)

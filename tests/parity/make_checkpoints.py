@@ -20,13 +20,12 @@ import json
 import sys
 from pathlib import Path
 
+import deepseek_v2_published
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-
-import deepseek_v2_published
 
 HERE = Path(__file__).parent / "checkpoints"
 BATCH, LENGTH, NEW_TOKENS = 3, 24, 12
@@ -218,7 +217,11 @@ def _gqa(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    shapes = {
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
 
 
@@ -308,7 +311,8 @@ def save_tokenizer(config: dict, path: Path, merges: int) -> None:
     tokens = specials + tokens if config["model_type"] == "mixtral" else tokens + specials
     vocab = {token: i for i, token in enumerate(tokens)}
     has_bos = config["bos_token_id"] is not None
-    assert vocab["</s>"] == config["eos_token_id"] and config["bos_token_id"] in (None, vocab["<s>"])
+    assert vocab["</s>"] == config["eos_token_id"]
+    assert config["bos_token_id"] in (None, vocab["<s>"])
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [tuple(m.split()) for m in MERGES[:merges]]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -485,7 +489,6 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

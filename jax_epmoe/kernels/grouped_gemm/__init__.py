@@ -62,7 +62,9 @@ def grouped_gemm(
     expected = "[experts, 2, n, k]" if gated else "[experts, n, k]"
     require(w.ndim == 3 + gated and (not gated or w.shape[1] == 2), "w.shape", w.shape, expected)
     require(x.ndim == 2 and x.shape[1] == w.shape[-1], "x.shape", x.shape, f"[rows, {w.shape[-1]}], with the k of w")
-    require(group_sizes.shape == w.shape[:1], "group_sizes.shape", group_sizes.shape, f"[{w.shape[0]}], the experts of w")
+    require(
+        group_sizes.shape == w.shape[:1], "group_sizes.shape", group_sizes.shape, f"[{w.shape[0]}], the experts of w"
+    )
     require(
         jnp.issubdtype(group_sizes.dtype, jnp.integer), "group_sizes.dtype", str(group_sizes.dtype), "an integer type"
     )

@@ -48,9 +48,7 @@ def matmul(
     return _for_each_block(step, jnp.zeros((rows, n), out_dtype), group_sizes, rows, block_rows)
 
 
-def outer(
-    left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     """`out[e] = left[rows of e].T @ right[rows of e]`, for `left [rows, n]`, `right [rows, k]` -> `[experts, n, k]`."""
     rows, experts = left.shape[0], group_sizes.shape[0]
 

@@ -1,0 +1,164 @@
+"""Our checkpoints: one array per parameter and layer, restored by Orbax straight to its shards on any mesh.
+
+    config.json, tokenizer files     Hugging Face's own, untouched
+    epmoe.json                       format version, dtype, a fingerprint of the source
+    params/                          Orbax: a flat dictionary, from `layers.0.moe.w_down` and the like to arrays of HF's sizes
+
+Arrays know nothing of meshes: where a mesh needs a vocabulary or an intermediate size to divide, the end of that dimension
+is filled with zeros while restoring, and the model cuts its logits back.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jax_epmoe.config import ModelConfig, require
+from jax_epmoe.mesh import make_mesh
+from jax_epmoe.models.decoder import Decoder
+from jax_epmoe.models.families import read_config
+
+FORMAT_VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load_model(
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """A decoder with the weights of a checkpoint that `weights_convert` wrote.
+
+    Each device reads its own shards; none ever holds the whole model.
+
+    Args:
+      path: the checkpoint's folder.
+      mesh: from `make_mesh`.
+      dtype: of weights, activations and cache: bfloat16, float16 or float32; None for the checkpoint's own.
+      backend: of `grouped_gemm`; None picks the fastest.
+      progress: show a progress bar on stderr.
+
+    Raises:
+      ValueError: not a checkpoint of this format, a damaged one, or a mesh that does not divide the model.
+    """
+    path = Path(path)
+    stored_dtype = _read_header(path)["dtype"]
+    graphdef, state = _abstract_model(read_config(path), mesh, _checked_dtype(dtype or stored_dtype), backend)
+    targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
+    arrays = _restore(path, targets, progress)
+    return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
+
+
+def dummy_model(
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """A decoder of the size that a folder's `config.json` tells, with random weights: for measuring without a checkpoint.
+
+    Args and errors are `load_model`'s; `dtype` is bfloat16 unless given, and `seed` makes the weights.
+    """
+    dtype = _checked_dtype(dtype or jnp.bfloat16)
+    return Decoder(read_config(path), mesh=mesh, dtype=dtype, rngs=nnx.Rngs(seed), backend=backend)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The name and unpadded shape of each array of a model's checkpoint; float32 where that is kept, else bfloat16."""
+    _, state = _abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16), None)
+    return {
+        _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
+        for keys, variable in nnx.to_flat_state(state)
+    }
+
+
+def _abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, backend: str | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its weights: shapes, dtypes and shardings, no memory."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0), backend=backend)))
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return ".".join(map(str, keys))
+
+
+def _checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    name = jnp.dtype(dtype).name
+    require(name in DTYPES, "dtype", name, f"one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((path / "epmoe.json").read_text(encoding="utf-8"))
+        version, dtype = header["format_version"], header["dtype"]
+    except OSError:
+        raise ValueError(
+            f"model folder {str(path)!r} has no readable epmoe.json; it should be one that `python -m weights_convert` wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path / 'epmoe.json'} is damaged; convert the checkpoint again") from None
+    require(version == FORMAT_VERSION, f"{path / 'epmoe.json'}: format_version", version, str(FORMAT_VERSION))
+    require(dtype in DTYPES, f"{path / 'epmoe.json'}: dtype", dtype, f"one of {', '.join(DTYPES)}")
+    return header
+
+
+def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: bool) -> dict[str, jax.Array]:
+    """Reads every target's array to its shards, a layer at a time, padding with zeros at the end of a dimension."""
+    folder = (path / "params" / "state").resolve()  # where Orbax's piecewise saving puts a tree
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = _reading(path, lambda: checkpointer.metadata(folder).item_metadata.tree)
+        for name, target in targets.items():
+            require(name in stored, f"checkpoint {str(path)!r}: parameter", name, "there; convert the checkpoint again")
+            fits = len(stored[name].shape) == len(target.shape) and all(
+                n <= padded for n, padded in zip(stored[name].shape, target.shape, strict=True)
+            )
+            require(fits, f"checkpoint {str(path)!r}: {name}'s shape", stored[name].shape, f"at most {target.shape}")
+        arrays: dict[str, jax.Array] = {}
+        with tqdm(total=len(targets), desc="loading", unit="array", disable=not progress) as bar:
+            for layer in _by_layer(targets):
+                args = ocp.args.PyTreeRestore(
+                    item=layer,
+                    restore_args={
+                        name: ocp.ArrayRestoreArgs(
+                            sharding=target.sharding, global_shape=target.shape, dtype=target.dtype, strict=False
+                        )
+                        for name, target in layer.items()
+                    },
+                    partial_restore=True,
+                )
+                arrays |= _reading(path, lambda args=args: checkpointer.restore(folder, args=args))
+                bar.update(len(layer))
+    return arrays
+
+
+def _by_layer(targets: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def layer(name: str) -> str:
+        first, second, *_ = name.split(".")
+        return second if first == "layers" else first
+
+    for _, names in itertools.groupby(sorted(targets, key=layer), key=layer):
+        yield {name: targets[name] for name in names}
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    """Runs `read`; whatever Orbax or TensorStore raise for missing or damaged files becomes one line."""
+    try:
+        return read()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"checkpoint {str(path)!r}: params cannot be read, damaged or cut short: {reason[:300]}"
+        ) from error

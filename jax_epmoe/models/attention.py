@@ -1,0 +1,284 @@
+"""Attention over the tensor-parallel group, heads dealt to its devices: grouped-query (GQA) and multi-head latent (MLA).
+
+Both are called with tokens at absolute positions and, when generating, a cache that they extend: a token sees every cached
+position up to its own. Entries past a sequence's end are never seen before they are overwritten.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
+from jax_epmoe.mesh import DATA, TP_AXES, axes_size
+from jax_epmoe.models.blocks import RMSNorm, rotate, tokens_spec
+from jax_epmoe.moe.gated_mlp import linear
+from jax_epmoe.parameters import parameter, run_on_shards
+
+Cache = tuple[jax.Array, ...]
+RopeTable = tuple[jax.Array, jax.Array]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    scale: float,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Softmax attention in float32, causal by absolute position.
+
+    Args:
+      q: `[B, S, heads, D]`.
+      k: `[B, L, kv_heads, D]`; query head n reads key head `n // (heads / kv_heads)`.
+      v: `[B, L, kv_heads, Dv]`.
+      query_positions: `[B, S]`.
+      key_positions: `[B, L]`.
+      scale: multiplies the scores.
+      sliding_window: how many last positions, its own included, a query sees; None for all.
+
+    Returns:
+      `[B, S, heads, Dv]` in v's dtype.
+    """
+    batch, length, heads, dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("bskgd,blkd->bkgsl", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, S, L]
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgsl,blkd->bskgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    return out.reshape(batch, length, heads, v.shape[-1]).astype(v.dtype)
+
+
+def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Puts `new [B, S, ...]` at `positions [B, S]` of `cache [B, L, ...]`; positions past L are dropped."""
+    sequence = jnp.arange(cache.shape[0])[:, None]
+    return cache.at[sequence, positions].set(new.astype(cache.dtype), mode="drop")
+
+
+def _key_positions(batch: int, length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+
+class Attention(nnx.Module):
+    """What both kinds share: one shard_map, one all-reduce (GQA's "full" QK norm adds a small one), a cache by its specs."""
+
+    mesh: Mesh
+    cache_spec: P
+    cache_shapes: tuple[tuple[int, ...], ...]  # of one position of one sequence
+
+    def init_cache(self, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
+        """Zeros for `batch_size` sequences of up to `length` positions, on their shards."""
+        sharding = NamedSharding(self.mesh, self.cache_spec)
+        return tuple(jnp.zeros((batch_size, length, *shape), dtype, device=sharding) for shape in self.cache_shapes)
+
+    def __call__(
+        self, x: jax.Array, rope: RopeTable, positions: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """`x [B, S, H]`, rope tables `[B, S, dim / 2]`, `positions [B, S]` -> `[B, S, H]` and the cache with x in it."""
+        cache_specs = None if cache is None else tuple(self.cache_spec for _ in cache)
+        spec = tokens_spec(3)
+        return run_on_shards(
+            self,
+            type(self)._on_device,
+            x,
+            rope,
+            positions,
+            cache,
+            mesh=self.mesh,
+            in_specs=(spec, (spec, spec), tokens_spec(2), cache_specs),
+            out_specs=(spec, cache_specs),
+        )
+
+    def _on_device(self, x, rope, positions, cache):
+        raise NotImplementedError
+
+    def _output(self, heads: jax.Array, o: jax.Array) -> jax.Array:
+        """`heads [B, S, local heads, Dv]` through this device's columns of `o [H, local heads, Dv]`, summed."""
+        merged = linear(heads.reshape(*heads.shape[:2], -1), o.reshape(o.shape[0], -1))
+        return jax.lax.psum(merged.astype(heads.dtype), TP_AXES)
+
+
+class GQA(Attention):
+    """Grouped-query attention (Ainslie et al., 2023).
+
+    Parameters: `q [heads, D, H]`, `k`, `v [kv_heads, D, H]`, `o [H, heads, D]`, and with QK norm `q_norm`, `k_norm`. With fewer
+    KV heads than devices, k and v are on every device, each uses the head that its query heads need, and the cache holds
+    one head a device.
+    """
+
+    def __init__(
+        self,
+        config: GQAConfig,
+        rope: RopeConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        tp_size = axes_size(mesh, TP_AXES)
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        require(heads % tp_size == 0, "tp_size", tp_size, f"a divisor of the {heads} query heads")
+        require(
+            kv_heads % tp_size == 0 or tp_size % kv_heads == 0,
+            "tp_size", tp_size, f"a divisor or a multiple of the {kv_heads} KV heads",
+        )  # fmt: skip
+        self.config = config
+        self.interleaved = rope.interleaved
+        self.scale = dim**-0.5 * rope.softmax_scale_factor
+        self.mesh = mesh
+        self.devices_per_kv_head = max(1, tp_size // kv_heads)
+        kv_axes = TP_AXES if self.devices_per_kv_head == 1 else None
+        cached_heads = max(kv_heads, tp_size)
+        self.cache_spec = P(DATA, None, TP_AXES, None)
+        self.cache_shapes = ((cached_heads, dim), (cached_heads, dim))
+        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        self.q = parameter((heads, dim, hidden_size), (TP_AXES, None, None), **new)
+        self.k = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
+        self.v = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
+        self.o = parameter((hidden_size, heads, dim), (None, TP_AXES, None), **new)
+        sizes = {None: None, "head": (dim, dim), "full": (heads * dim, kv_heads * dim)}[config.qk_norm]
+        full = config.qk_norm == "full"
+        self.q_norm = RMSNorm(sizes[0], eps, axes=TP_AXES if full else None, **new) if sizes else None
+        self.k_norm = RMSNorm(sizes[1], eps, axes=kv_axes if full else None, **new) if sizes else None
+
+    def _on_device(self, x, rope, positions, cache):
+        q = linear(x, self.q[...])  # [B, S, local heads, D] float32
+        k = linear(x, self._own_heads(self.k[...]))
+        v = linear(x, self._own_heads(self.v[...]))
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.config.qk_norm == "full":
+            q, k = self._norm_over_all_heads(q, k)
+        if self.config.clip_qkv is not None:
+            q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
+        q, k = (rotate(a, rope, self.interleaved).astype(x.dtype) for a in (q, k))
+        v = v.astype(x.dtype)
+        key_positions = positions
+        if cache is not None:
+            cache = k, v = _write(cache[0], k, positions), _write(cache[1], v, positions)
+            key_positions = _key_positions(*k.shape[:2])
+        out = attend(q, k, v, positions, key_positions, self.scale, self.config.sliding_window)
+        return self._output(out, self.o[...]), cache
+
+    def _own_heads(self, kv: jax.Array) -> jax.Array:
+        """This device's KV heads `[local kv heads, ...]`: its shard, or the one head that its query heads read."""
+        if self.devices_per_kv_head == 1:
+            return kv
+        head = jax.lax.axis_index(TP_AXES) // self.devices_per_kv_head
+        return jax.lax.dynamic_slice_in_dim(kv, head, 1)
+
+    def _norm_over_all_heads(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """OLMoE's QK norm: the mean square runs over every device's heads, so it takes one small all-reduce."""
+        squares = jnp.stack([jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True) for a in (q, k)])
+        q_square, k_square = jax.lax.psum(squares, TP_AXES)
+        heads, kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        q_scale = self.q_norm.scale[...].reshape(-1, dim)
+        k_scale = self._own_heads(self.k_norm.scale[...].reshape(-1, dim))
+        return (
+            self.q_norm.scaled(q, q_square / (heads * dim), q_scale),
+            self.k_norm.scaled(k, k_square / (kv_heads * dim * self.devices_per_kv_head), k_scale),
+        )
+
+
+class MLA(Attention):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1).
+
+    Parameters (`nope`, `rope`: the parts of a query or key head without and with position; `v`: a value head):
+    `q [heads, nope + rope, H]`, or `q_a [q_lora, H]`, `q_a_norm` and `q_b [heads, nope + rope, q_lora]`;
+    `kv_a [kv_lora + rope, H]`, `kv_a_norm`, `kv_b [heads, nope + v, kv_lora]`; `o [H, heads, v]`.
+
+    The cache holds, for each position, the normalised latent and the rotated key that all heads share, on every device:
+    `kv_lora + rope` numbers. One-token calls run in the absorbed form: `kv_b`'s key half is applied to the query and its
+    value half to the result, so that all heads attend to the latent itself, as one shared key head.
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        rope: RopeConfig,
+        hidden_size: int,
+        *,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        tp_size = axes_size(mesh, TP_AXES)
+        heads = config.num_heads
+        require(heads % tp_size == 0, "tp_size", tp_size, f"a divisor of the {heads} query heads")
+        self.config = config
+        self.interleaved = rope.interleaved
+        qk_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.scale = qk_dim**-0.5 * rope.softmax_scale_factor
+        self.mesh = mesh
+        latent_size = config.kv_lora_rank + config.qk_rope_head_dim
+        self.cache_spec = P(DATA, None, None)
+        self.cache_shapes = ((latent_size,),)
+        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        per_head = (TP_AXES, None, None)
+        if config.q_lora_rank is None:
+            self.q = parameter((heads, qk_dim, hidden_size), per_head, **new)
+        else:
+            self.q_a = parameter((config.q_lora_rank, hidden_size), (None, None), **new)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps, **new)
+            self.q_b = parameter((heads, qk_dim, config.q_lora_rank), per_head, **new)
+        self.kv_a = parameter((latent_size, hidden_size), (None, None), **new)
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, **new)
+        kv_dim = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b = parameter((heads, kv_dim, config.kv_lora_rank), per_head, **new)
+        self.o = parameter((hidden_size, heads, config.v_head_dim), (None, TP_AXES, None), **new)
+
+    def _on_device(self, x, rope, positions, cache):
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        q = self._queries(x)  # [B, S, local heads, nope + rope] float32
+        q_rope = rotate(q[..., nope:], rope, self.interleaved)
+        q_nope = q[..., :nope]
+        kv = linear(x, self.kv_a[...])  # [B, S, kv_lora + rope] float32
+        k_rope = rotate(kv[..., None, rank:], rope, self.interleaved)[:, :, 0]
+        latent = jnp.concatenate([self.kv_a_norm(kv[..., :rank]), k_rope], axis=-1).astype(x.dtype)
+        key_positions = positions
+        if cache is not None:
+            latent = _write(cache[0], latent, positions)
+            cache = (latent,)
+            key_positions = _key_positions(*latent.shape[:2])
+        form = self._absorbed if x.shape[1] == 1 else self._expanded
+        out = form(q_nope, q_rope, latent, positions, key_positions)
+        return self._output(out, self.o[...]), cache
+
+    def _queries(self, x: jax.Array) -> jax.Array:
+        if self.config.q_lora_rank is None:
+            return linear(x, self.q[...])
+        return linear(self.q_a_norm(linear(x, self.q_a[...])).astype(x.dtype), self.q_b[...])
+
+    def _expanded(self, q_nope, q_rope, latent, positions, key_positions):
+        """Keys and values of every head, from the latent `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        kv = linear(latent[..., :rank], self.kv_b[...]).astype(latent.dtype)  # [B, L, local heads, nope + v]
+        k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
+        k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1).astype(latent.dtype)
+        return attend(q, k, kv[..., nope:], positions, key_positions, self.scale)
+
+    def _absorbed(self, q_nope, q_rope, latent, positions, key_positions):
+        """The same product, regrouped: `q . (W_k c) = (W_k^T q) . c` and `sum p (W_v c) = W_v (sum p c)`."""
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        w_k, w_v = self.kv_b[...][:, :nope], self.kv_b[...][:, nope:]  # [local heads, nope or v, kv_lora]
+        q_latent = _per_head("bsnd,ndr->bsnr", q_nope.astype(latent.dtype), w_k)
+        q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(latent.dtype)
+        shared = latent[:, :, None]  # one key head for all
+        out = attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
+        return _per_head("bsnr,ndr->bsnd", out, w_v).astype(latent.dtype)
+
+
+def _per_head(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, w, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,130 @@
+"""The decoder: one for all families, driven by its `ModelConfig`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_epmoe.config import GQAConfig, ModelConfig, require
+from jax_epmoe.mesh import DATA
+from jax_epmoe.models.attention import GQA, MLA, Cache, RopeTable
+from jax_epmoe.models.blocks import DenseMLP, Embedding, Head, RMSNorm, rope_table
+from jax_epmoe.moe.layer import EPMoE
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and a MoE layer (or a dense MLP), each after its norm and around its residual: two all-reduces."""
+
+    def __init__(
+        self, config: ModelConfig, has_experts: bool, *, mesh: Mesh, dtype, rngs: nnx.Rngs, backend: str | None
+    ):
+        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(hidden, eps, **new)
+        if isinstance(config.attention, GQAConfig):
+            self.attention = GQA(config.attention, config.rope, hidden, eps, **new)
+        else:
+            self.attention = MLA(config.attention, config.rope, hidden, **new)
+        self.mlp_norm = RMSNorm(hidden, eps, **new)
+        if has_experts:
+            self.moe = EPMoE(config.moe, backend=backend, **new)
+        else:
+            activation = config.moe.activation
+            self.mlp = DenseMLP(hidden, config.dense_intermediate_size, activation=activation, **new)
+        self.has_experts = has_experts
+
+    def __call__(
+        self, x: jax.Array, rope: RopeTable, positions: jax.Array, mask: jax.Array | None, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """`x [B, S, H]` -> `[B, S, H]`, the extended cache, and the rows that each expert got (`[E]`, or None)."""
+        attended, cache = self.attention(self.attention_norm(x), rope, positions, cache)
+        x = x + attended
+        normed = self.mlp_norm(x)
+        if not self.has_experts:
+            return x + self.mlp(normed), cache, None
+        y, load = self.moe.with_load(normed, mask)
+        return x + y, cache, load
+
+
+class Decoder(nnx.Module):
+    """A causal language model whose layers hold experts, on a mesh with the axes `data`, `expert` and `tensor`.
+
+    `model(tokens)` is a whole-sequence forward pass. To generate, `init_cache` once, then `hidden` for each piece of the
+    sequences and `logits` for the positions that matter.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        rngs: nnx.Rngs,
+        backend: str | None = None,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.dtype = jnp.dtype(dtype)
+        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, **new)
+        self.layers = nnx.List(
+            [DecoderLayer(config, has_experts, backend=backend, **new) for has_experts in config.moe_layers]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **new)
+        self.head = None if config.tie_word_embeddings else Head(config.vocab_size, config.hidden_size, **new)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`tokens [B, S]` int32 -> logits `[B, S, vocab]` float32. B divides by the mesh's `data` axis."""
+        hidden, _, _ = self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, None)
+        return self.logits(hidden)
+
+    def expert_load(self, tokens: jax.Array) -> jax.Array:
+        """How many rows each expert of each MoE layer gets for `tokens [B, S]`: `[MoE layers, E]` int32."""
+        return self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, None)[2]
+
+    def init_cache(self, batch_size: int, length: int) -> list[Cache]:
+        """An empty cache for `batch_size` sequences of up to `length` positions, on its shards."""
+        dp_size = self.mesh.shape[DATA]
+        require(batch_size % dp_size == 0, "batch_size", batch_size, f"a multiple of dp_size ({dp_size})")
+        return [layer.attention.init_cache(batch_size, length, self.dtype) for layer in self.layers]
+
+    def hidden(
+        self, tokens: jax.Array, start: jax.Array, cache: list[Cache], num_tokens: jax.Array | None = None
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Runs the next piece of each sequence and extends the cache.
+
+        Args:
+          tokens: `[B, S]` int32; token s of sequence b stands at position `start[b] + s`.
+          start: `[B]` int32.
+          cache: from `init_cache` or an earlier call; positions past its length are dropped.
+          num_tokens: `[B]` int32: how many of a row's S tokens are real. The rest (padding, on the right) take no routed
+            experts and their outputs mean nothing; what they leave in the cache is overwritten by the real tokens of
+            those positions before anything can see it. None: all.
+
+        Returns:
+          The last layer's normalised output `[B, S, H]`, for `logits`, and the cache.
+        """
+        hidden, cache, _ = self._run(tokens, start, cache, num_tokens)
+        return hidden, cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[B, ..., H]` -> `[B, ..., vocab]` float32."""
+        return (self.head or self.embed).logits(hidden)
+
+    def _run(self, tokens, start, cache, num_tokens):
+        config = self.config
+        dim = (
+            config.attention.head_dim if isinstance(config.attention, GQAConfig) else config.attention.qk_rope_head_dim
+        )
+        steps = jnp.arange(tokens.shape[1])
+        positions = start[:, None] + steps
+        mask = None if num_tokens is None else steps < num_tokens[:, None]
+        rope = rope_table(config.rope, dim, positions)
+        x = self.embed(tokens)
+        caches, loads = [], []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                x, layer_cache, load = layer(x, rope, positions, mask, None if cache is None else cache[i])
+            caches.append(layer_cache)
+            loads += [] if load is None else [load]
+        return self.norm(x), caches, jnp.stack(loads) if loads else None

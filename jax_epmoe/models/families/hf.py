@@ -1,0 +1,97 @@
+"""Reading Hugging Face's `config.json` as the hub's files really are: keys come and go, and each is checked when read."""
+
+import math
+from typing import Any
+
+from jax_epmoe.config import RopeConfig
+
+_REQUIRED = object()
+
+
+class HFConfig:
+    """A config.json's keys, with one clear line for what is missing, mistyped or not supported."""
+
+    def __init__(self, values: dict[str, Any], where: str = "config.json"):
+        self._values = values
+        self._where = where
+
+    def int(self, key: str, default: Any = _REQUIRED) -> int:
+        return self._typed(key, default, "an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+
+    def float(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self._typed(
+            key, default, "a finite number",
+            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+        )  # fmt: skip
+        return None if value is None else float(value)
+
+    def bool(self, key: str, default: Any = _REQUIRED) -> bool:
+        return self._typed(key, default, "true or false", lambda v: isinstance(v, bool))
+
+    def choice(self, key: str, choices: tuple[str, ...], default: Any = _REQUIRED) -> str:
+        return self._typed(key, default, f"one of {', '.join(choices)}", lambda v: v in choices)
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """A token id, a list of them, or null, as a tuple."""
+        value = self._values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"{self._where}: {key} is {value!r}; it should be a token id or a list of them")
+        return tuple(ids)
+
+    def must_be(self, key: str, supported: Any) -> None:
+        """Refuses a value whose meaning is not implemented."""
+        value = self._values.get(key, supported)
+        if value != supported:
+            raise ValueError(f"{self._where}: {key} is {value!r}; only {supported!r} is supported")
+
+    def rope(self, *, interleaved: bool = False) -> RopeConfig:
+        """Both `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both."""
+        values = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{self._where}: rope_scaling is {values!r}; it should be a JSON object or null")
+        theta = values.get("rope_theta", self._values.get("rope_theta", 10000.0))
+        kind = values.get("rope_type", values.get("type", "default"))
+        scaling = HFConfig({**values, "rope_theta": theta, "rope_type": kind}, f"{self._where}: rope")
+        theta = scaling.float("rope_theta")
+        kind = scaling.choice("rope_type", ("default", "linear", "yarn"))
+        if kind == "default":
+            return RopeConfig(theta=theta, interleaved=interleaved)
+        factor = scaling.float("factor")
+        if factor < 1:
+            raise ValueError(f"{self._where}: rope: factor is {factor!r}; it should be 1 or more")
+        if kind == "linear":
+            return RopeConfig(theta=theta, kind="linear", factor=factor, interleaved=interleaved)
+        # As DeepSeek's published code has it; without either key this is the paper's `0.1 * ln(factor) + 1`.
+        # (transformers ignores a lone mscale or mscale_all_dim.)
+        mscale, mscale_all_dim = scaling.float("mscale", 1.0), scaling.float("mscale_all_dim", 0.0)
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+        return RopeConfig(
+            theta=theta,
+            kind="yarn",
+            factor=factor,
+            original_max_position_embeddings=scaling.int(
+                "original_max_position_embeddings", self._values.get("max_position_embeddings")
+            ),
+            beta_fast=scaling.float("beta_fast", 32.0),
+            beta_slow=scaling.float("beta_slow", 1.0),
+            truncate=scaling.bool("truncate", True),
+            attention_factor=scaling.float("attention_factor", attention_factor),
+            softmax_scale_factor=_yarn_mscale(factor, mscale_all_dim) ** 2,
+            interleaved=interleaved,
+        )
+
+    def _typed(self, key: str, default: Any, expected: str, is_valid) -> Any:
+        value = self._values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise ValueError(f"{self._where}: {key} is missing; it should be {expected}")
+            return default
+        if not is_valid(value):
+            raise ValueError(f"{self._where}: {key} is {value!r}; it should be {expected}")
+        return value
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention scaling, `0.1 m ln(factor) + 1`, with DeepSeek's multiplier m."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,37 @@
+"""Mixtral (mistralai/Mixtral-8x7B-v0.1 and kin): grouped-query attention; softmax over the chosen experts.
+
+Its softmax over the k chosen logits equals a softmax over all, renormalised over the k.
+"""
+
+from jax_epmoe.config import ACTIVATIONS, GQAConfig, ModelConfig, MoEConfig
+from jax_epmoe.models.families.hf import HFConfig
+
+
+def config(hf: HFConfig) -> ModelConfig:
+    hf.must_be("attention_bias", False)
+    hidden_size, num_heads = hf.int("hidden_size"), hf.int("num_attention_heads")
+    return ModelConfig(
+        vocab_size=hf.int("vocab_size"),
+        hidden_size=hidden_size,
+        attention=GQAConfig(
+            num_heads=num_heads,
+            num_kv_heads=hf.int("num_key_value_heads", num_heads),
+            head_dim=hf.int("head_dim", hidden_size // num_heads),
+            sliding_window=hf.int("sliding_window", None),
+        ),
+        rope=hf.rope(),
+        moe=MoEConfig(
+            hidden_size=hidden_size,
+            intermediate_size=hf.int("intermediate_size"),
+            num_experts=hf.int("num_local_experts"),
+            top_k=hf.int("num_experts_per_tok"),
+            activation=hf.choice("hidden_act", ACTIVATIONS, "silu"),
+            norm_topk_prob=True,
+        ),
+        moe_layers=(True,) * hf.int("num_hidden_layers"),
+        rms_norm_eps=hf.float("rms_norm_eps"),
+        tie_word_embeddings=hf.bool("tie_word_embeddings", False),
+        max_position_embeddings=hf.int("max_position_embeddings"),
+        bos_token_id=hf.int("bos_token_id", None),
+        eos_token_ids=hf.tokens("eos_token_id"),
+    )
