@@ -11,6 +11,7 @@ is filled with zeros while restoring, and the model cuts its logits back.
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: boo
                     },
                     partial_restore=True,
                 )
-                arrays |= _reading(path, lambda args=args: checkpointer.restore(folder, args=args))
+                arrays |= _reading(path, partial(checkpointer.restore, folder, args=args))
                 bar.update(len(layer))
     return arrays
 

@@ -78,18 +78,19 @@ def initialize_distributed(
       ValueError: some of the three arguments are given and others are not, or one is out of range.
     """
     given = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in given):
-        require(None not in given, "coordinator_address, num_processes, process_id", given, "given all three, or none")
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
         require(num_processes > 0, "num_processes", num_processes, "a positive integer")
         require(0 <= process_id < num_processes, "process_id", process_id, f"from 0 to {num_processes - 1}")
-        require(
-            coordinator_address.rpartition(":")[2].isdigit(), "coordinator_address", coordinator_address, "host:port"
-        )
+        port = coordinator_address.rpartition(":")[2]
+        require(port.isdigit(), "coordinator_address", coordinator_address, "host:port")
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif any(value is not None for value in given):
+        names = "coordinator_address, num_processes, process_id"
+        require(False, names, given, "all given, or none")
     elif _launched_with_peers():
         jax.distributed.initialize()
 
 
 def _launched_with_peers() -> bool:
     counts = (os.environ.get(name, "1") for name in _PROCESS_COUNT_VARIABLES)
-    return any(count.isdigit() and int(count) > 1 for count in counts) or _KUBERNETES_INDEXED_JOB <= os.environ.keys()
+    return any(count.isdigit() and int(count) > 1 for count in counts) or os.environ.keys() >= _KUBERNETES_INDEXED_JOB

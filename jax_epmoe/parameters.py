@@ -1,6 +1,7 @@
 """Parameters that are born on their shards, and modules that run on them."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_epmoe.mesh import axes_size
+
 Initializer = Callable[..., jax.Array]
+NORMAL = nnx.initializers.normal(0.02)
 
 
 def parameter(
@@ -19,31 +23,35 @@ def parameter(
     mesh: Mesh,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
-    init: Initializer = nnx.initializers.normal(0.02),
+    init: Initializer = NORMAL,
 ) -> nnx.Param:
     """A parameter of `shape`, zero-padded to the next size that `partition` can split evenly; no device holds all of it.
 
     Padding lies at the end of a dimension, and a module that pads must give zeros there no effect. The sharding is kept as
     Flax's `out_sharding` metadata, so `nnx.get_partition_spec`, `nnx.eval_shape` and optimizers see it.
     """
-    padded = padded_shape(shape, partition, mesh)
-    sharding = NamedSharding(mesh, P(*partition))
+    make = _maker(
+        init, tuple(shape), padded_shape(shape, partition, mesh), jnp.dtype(dtype), NamedSharding(mesh, P(*partition))
+    )
+    return nnx.Param(make(rngs.params()), out_sharding=P(*partition), mesh=mesh)
+
+
+@cache
+def _maker(
+    init: Initializer, shape: tuple[int, ...], padded: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    """key -> the padded array on its shards; kept, so that layers of one shape compile once."""
 
     def make(key: jax.Array) -> jax.Array:
-        return jnp.pad(init(key, tuple(shape), dtype), [(0, to - n) for n, to in zip(shape, padded, strict=True)])
+        return jnp.pad(init(key, shape, dtype), [(0, to - n) for n, to in zip(shape, padded, strict=True)])
 
-    value = jax.jit(make, out_shardings=sharding)(rngs.params())
-    return nnx.Param(value, out_sharding=P(*partition), mesh=mesh)
+    return jax.jit(make, out_shardings=sharding)
 
 
 def padded_shape(shape: Sequence[int], partition: Sequence[Any], mesh: Mesh) -> tuple[int, ...]:
     """`shape` with each dimension rounded up to a multiple of the devices that `partition` splits it over."""
-    from jax_epmoe.mesh import axes_size
-
-    return tuple(
-        -(-n // parts) * parts
-        for n, parts in ((n, axes_size(mesh, axes)) for n, axes in zip(shape, partition, strict=True))
-    )
+    parts = [axes_size(mesh, axes) for axes in partition]
+    return tuple(-(-n // p) * p for n, p in zip(shape, parts, strict=True))
 
 
 def run_on_shards(

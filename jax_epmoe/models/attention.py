@@ -4,6 +4,8 @@ Both are called with tokens at absolute positions and, when generating, a cache 
 position up to its own. Entries past a sequence's end are never seen before they are overwritten.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -141,15 +143,17 @@ class GQA(Attention):
         cached_heads = max(kv_heads, tp_size)
         self.cache_spec = P(DATA, None, TP_AXES, None)
         self.cache_shapes = ((cached_heads, dim), (cached_heads, dim))
-        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         self.q = parameter((heads, dim, hidden_size), (TP_AXES, None, None), **new)
         self.k = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
         self.v = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
         self.o = parameter((hidden_size, heads, dim), (None, TP_AXES, None), **new)
-        sizes = {None: None, "head": (dim, dim), "full": (heads * dim, kv_heads * dim)}[config.qk_norm]
-        full = config.qk_norm == "full"
-        self.q_norm = RMSNorm(sizes[0], eps, axes=TP_AXES if full else None, **new) if sizes else None
-        self.k_norm = RMSNorm(sizes[1], eps, axes=kv_axes if full else None, **new) if sizes else None
+        if config.qk_norm == "head":
+            self.q_norm = RMSNorm(dim, eps, **new)
+            self.k_norm = RMSNorm(dim, eps, **new)
+        elif config.qk_norm == "full":
+            self.q_norm = RMSNorm(heads * dim, eps, axes=TP_AXES, **new)
+            self.k_norm = RMSNorm(kv_heads * dim, eps, axes=kv_axes, **new)
 
     def _on_device(self, x, rope, positions, cache):
         q = linear(x, self.q[...])  # [B, S, local heads, D] float32
@@ -223,7 +227,7 @@ class MLA(Attention):
         latent_size = config.kv_lora_rank + config.qk_rope_head_dim
         self.cache_spec = P(DATA, None, None)
         self.cache_shapes = ((latent_size,),)
-        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         per_head = (TP_AXES, None, None)
         if config.q_lora_rank is None:
             self.q = parameter((heads, qk_dim, hidden_size), per_head, **new)

@@ -1,5 +1,7 @@
 """The decoder: one for all families, driven by its `ModelConfig`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,11 +20,11 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, config: ModelConfig, has_experts: bool, *, mesh: Mesh, dtype, rngs: nnx.Rngs, backend: str | None
     ):
-        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, **new)
         if isinstance(config.attention, GQAConfig):
-            self.attention = GQA(config.attention, config.rope, hidden, eps, **new)
+            self.attention: GQA | MLA = GQA(config.attention, config.rope, hidden, eps, **new)
         else:
             self.attention = MLA(config.attention, config.rope, hidden, **new)
         self.mlp_norm = RMSNorm(hidden, eps, **new)
@@ -65,7 +67,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
-        new = dict(mesh=mesh, dtype=dtype, rngs=rngs)
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         self.embed = Embedding(config.vocab_size, config.hidden_size, **new)
         self.layers = nnx.List(
             [DecoderLayer(config, has_experts, backend=backend, **new) for has_experts in config.moe_layers]

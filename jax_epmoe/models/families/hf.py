@@ -15,17 +15,17 @@ class HFConfig:
         self._values = values
         self._where = where
 
-    def int(self, key: str, default: Any = _REQUIRED) -> int:
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         return self._typed(key, default, "an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 
-    def float(self, key: str, default: Any = _REQUIRED) -> float:
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._typed(
             key, default, "a finite number",
             lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
         )  # fmt: skip
         return None if value is None else float(value)
 
-    def bool(self, key: str, default: Any = _REQUIRED) -> bool:
+    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         return self._typed(key, default, "true or false", lambda v: isinstance(v, bool))
 
     def choice(self, key: str, choices: tuple[str, ...], default: Any = _REQUIRED) -> str:
@@ -53,30 +53,30 @@ class HFConfig:
         theta = values.get("rope_theta", self._values.get("rope_theta", 10000.0))
         kind = values.get("rope_type", values.get("type", "default"))
         scaling = HFConfig({**values, "rope_theta": theta, "rope_type": kind}, f"{self._where}: rope")
-        theta = scaling.float("rope_theta")
+        theta = scaling.number("rope_theta")
         kind = scaling.choice("rope_type", ("default", "linear", "yarn"))
         if kind == "default":
             return RopeConfig(theta=theta, interleaved=interleaved)
-        factor = scaling.float("factor")
+        factor = scaling.number("factor")
         if factor < 1:
             raise ValueError(f"{self._where}: rope: factor is {factor!r}; it should be 1 or more")
         if kind == "linear":
             return RopeConfig(theta=theta, kind="linear", factor=factor, interleaved=interleaved)
         # As DeepSeek's published code has it; without either key this is the paper's `0.1 * ln(factor) + 1`.
         # (transformers ignores a lone mscale or mscale_all_dim.)
-        mscale, mscale_all_dim = scaling.float("mscale", 1.0), scaling.float("mscale_all_dim", 0.0)
+        mscale, mscale_all_dim = scaling.number("mscale", 1.0), scaling.number("mscale_all_dim", 0.0)
         attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
         return RopeConfig(
             theta=theta,
             kind="yarn",
             factor=factor,
-            original_max_position_embeddings=scaling.int(
+            original_max_position_embeddings=scaling.integer(
                 "original_max_position_embeddings", self._values.get("max_position_embeddings")
             ),
-            beta_fast=scaling.float("beta_fast", 32.0),
-            beta_slow=scaling.float("beta_slow", 1.0),
-            truncate=scaling.bool("truncate", True),
-            attention_factor=scaling.float("attention_factor", attention_factor),
+            beta_fast=scaling.number("beta_fast", 32.0),
+            beta_slow=scaling.number("beta_slow", 1.0),
+            truncate=scaling.boolean("truncate", True),
+            attention_factor=scaling.number("attention_factor", attention_factor),
             softmax_scale_factor=_yarn_mscale(factor, mscale_all_dim) ** 2,
             interleaved=interleaved,
         )
