@@ -8,6 +8,7 @@ Arrays know nothing of meshes: where a mesh needs a vocabulary or an intermediat
 is filled with zeros while restoring, and the model cuts its logits back.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -119,8 +120,8 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: bool) -> dict[str, jax.Array]:
     """Reads every target's array to its shards, a layer at a time, padding with zeros at the end of a dimension."""
     folder = (path / "params" / "state").resolve()  # where Orbax's piecewise saving puts a tree
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = _reading(path, lambda: checkpointer.metadata(folder).item_metadata.tree)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        stored = _reading(path, lambda: handler.metadata(folder).tree)
         for name, target in targets.items():
             require(name in stored, f"checkpoint {str(path)!r}: parameter", name, "there; convert the checkpoint again")
             fits = len(stored[name].shape) == len(target.shape) and all(
@@ -140,7 +141,7 @@ def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: boo
                     },
                     partial_restore=True,
                 )
-                arrays |= _reading(path, partial(checkpointer.restore, folder, args=args))
+                arrays |= _reading(path, partial(handler.restore, folder, args=args))
                 bar.update(len(layer))
     return arrays
 

@@ -62,6 +62,9 @@ def grouped_gemm(
     expected = "[experts, 2, n, k]" if gated else "[experts, n, k]"
     require(w.ndim == 3 + gated and (not gated or w.shape[1] == 2), "w.shape", w.shape, expected)
     require(x.ndim == 2 and x.shape[1] == w.shape[-1], "x.shape", x.shape, f"[rows, {w.shape[-1]}], with the k of w")
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    for name, dtype in (("x.dtype", x.dtype), ("w.dtype", w.dtype), ("out_dtype", out_dtype)):
+        require(jnp.issubdtype(dtype, jnp.floating), name, str(dtype), "a floating type")
     require(
         group_sizes.shape == w.shape[:1], "group_sizes.shape", group_sizes.shape, f"[{w.shape[0]}], the experts of w"
     )
@@ -70,9 +73,12 @@ def grouped_gemm(
     )
     if row_index is not None:
         require(row_index.ndim == 1, "row_index.shape", row_index.shape, "[rows]")
+        require(
+            jnp.issubdtype(row_index.dtype, jnp.integer), "row_index.dtype", str(row_index.dtype), "an integer type"
+        )
     if bias is not None:
         require(bias.shape == w.shape[:-1], "bias.shape", bias.shape, f"{w.shape[:-1]}, as w's")
-    return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, jnp.dtype(out_dtype or x.dtype), backend)
+    return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
 
 
 def _first_that_serves(backend: str | None, function: str, *args, **kwargs) -> jax.Array:

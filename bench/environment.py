@@ -1,0 +1,35 @@
+"""What a result was measured on: kept beside every figure."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "jax_epmoe")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and command line of this run."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "command": shlex.join(["python", "-m", *_module_and_arguments()]),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _module_and_arguments() -> list[str]:
+    spec = sys.modules["__main__"].__spec__
+    return [spec.name if spec else sys.argv[0], *sys.argv[1:]]
