@@ -80,9 +80,12 @@ class Decoder(nnx.Module):
         hidden, _, _ = self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, None)
         return self.logits(hidden)
 
-    def expert_load(self, tokens: jax.Array) -> jax.Array:
-        """How many rows each expert of each MoE layer gets for `tokens [B, S]`: `[MoE layers, E]` int32."""
-        return self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, None)[2]
+    def expert_load(self, tokens: jax.Array, num_tokens: jax.Array | None = None) -> jax.Array:
+        """How many rows each expert of each MoE layer gets for `tokens [B, S]`: `[MoE layers, E]` int32.
+
+        `num_tokens [B]`: how many of a row's tokens are real, as for `hidden`; None: all.
+        """
+        return self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, num_tokens)[2]
 
     def init_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty cache for `batch_size` sequences of up to `length` positions, on its shards."""

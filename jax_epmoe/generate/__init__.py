@@ -1,0 +1,6 @@
+"""Offline generation on a device mesh: prompts in, text out. `epmoe-generate` is `cli.py`; `Engine` is its heart."""
+
+from jax_epmoe.generate.engine import Completion as Completion
+from jax_epmoe.generate.engine import Engine as Engine
+from jax_epmoe.generate.engine import Stats as Stats
+from jax_epmoe.generate.sampling import SamplingParams as SamplingParams
