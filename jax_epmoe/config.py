@@ -154,7 +154,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
-        require(len(self.moe_layers) > 0, "num_hidden_layers", 0, "a positive integer")
+        require(any(self.moe_layers), "moe_layers", self.moe_layers, "with experts in at least one layer")
         require(
             self.moe.hidden_size == self.hidden_size, "moe.hidden_size", self.moe.hidden_size, str(self.hidden_size)
         )

@@ -89,12 +89,11 @@ def bits_and_load(model: Decoder, token_ids: list[int], bos: int) -> tuple[float
 
     @jax.jit
     def evaluate(state, inputs, targets):
-        model = nnx.merge(graphdef, state)
-        log_p = jax.nn.log_softmax(model(inputs), axis=-1)
-        chosen = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         real = targets >= 0
-        bits = -jnp.sum(jnp.where(real, chosen, 0)) / jnp.log(2.0)
-        return bits, model.expert_load(inputs, jnp.sum(real, axis=1))
+        logits, load = nnx.merge(graphdef, state).with_load(inputs, jnp.sum(real, axis=1))
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(real, chosen, 0)) / jnp.log(2.0), load
 
     bits, load = 0.0, 0
     for i in tqdm(range(0, len(inputs), BATCH), desc="measuring", unit="batch", file=sys.stderr):

@@ -77,15 +77,15 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`tokens [B, S]` int32 -> logits `[B, S, vocab]` float32. B divides by the mesh's `data` axis."""
-        hidden, _, _ = self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, None)
-        return self.logits(hidden)
+        return self.with_load(tokens)[0]
 
-    def expert_load(self, tokens: jax.Array, num_tokens: jax.Array | None = None) -> jax.Array:
-        """How many rows each expert of each MoE layer gets for `tokens [B, S]`: `[MoE layers, E]` int32.
+    def with_load(self, tokens: jax.Array, num_tokens: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Logits, and how many rows each expert of each MoE layer got: `[MoE layers, E]` int32.
 
         `num_tokens [B]`: how many of a row's tokens are real, as for `hidden`; None: all.
         """
-        return self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, num_tokens)[2]
+        hidden, _, load = self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, num_tokens)
+        return self.logits(hidden), load
 
     def init_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty cache for `batch_size` sequences of up to `length` positions, on its shards."""
@@ -132,4 +132,4 @@ class Decoder(nnx.Module):
                 x, layer_cache, load = layer(x, rope, positions, mask, None if cache is None else cache[i])
             caches.append(layer_cache)
             loads += [] if load is None else [load]
-        return self.norm(x), caches, jnp.stack(loads) if loads else None
+        return self.norm(x), caches, jnp.stack(loads)

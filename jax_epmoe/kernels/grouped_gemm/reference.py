@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax_epmoe.kernels.activations import gate
 
 
-
 def matmul(
     x: jax.Array,
     w: jax.Array,

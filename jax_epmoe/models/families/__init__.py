@@ -27,7 +27,7 @@ def family_of(hf: dict[str, Any]) -> str:
       ValueError: `model_type` is missing or unknown.
     """
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type is {family!r}; it should be one of {', '.join(FAMILIES)}")
     return family
 

@@ -16,7 +16,10 @@ class HFConfig:
         self._where = where
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        return self._typed(key, default, "an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
+        return self._typed(key, default, "an integer", _is_integer)
+
+    def size(self, key: str, default: Any = _REQUIRED) -> Any:
+        return self._typed(key, default, "a positive integer", lambda v: _is_integer(v) and v > 0)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._typed(
@@ -35,7 +38,7 @@ class HFConfig:
         """A token id, a list of them, or null, as a tuple."""
         value = self._values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not all(map(_is_integer, ids)):
             raise ValueError(f"{self._where}: {key} is {value!r}; it should be a token id or a list of them")
         return tuple(ids)
 
@@ -54,6 +57,8 @@ class HFConfig:
         kind = values.get("rope_type", values.get("type", "default"))
         scaling = HFConfig({**values, "rope_theta": theta, "rope_type": kind}, f"{self._where}: rope")
         theta = scaling.number("rope_theta")
+        if theta <= 1:
+            raise ValueError(f"{self._where}: rope: rope_theta is {theta!r}; it should be more than 1")
         kind = scaling.choice("rope_type", ("default", "linear", "yarn"))
         if kind == "default":
             return RopeConfig(theta=theta, interleaved=interleaved)
@@ -70,7 +75,7 @@ class HFConfig:
             theta=theta,
             kind="yarn",
             factor=factor,
-            original_max_position_embeddings=scaling.integer(
+            original_max_position_embeddings=scaling.size(
                 "original_max_position_embeddings", self._values.get("max_position_embeddings")
             ),
             beta_fast=scaling.number("beta_fast", 32.0),
@@ -90,6 +95,10 @@ class HFConfig:
         if not is_valid(value):
             raise ValueError(f"{self._where}: {key} is {value!r}; it should be {expected}")
         return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

@@ -9,29 +9,29 @@ from jax_epmoe.models.families.hf import HFConfig
 
 def config(hf: HFConfig) -> ModelConfig:
     hf.must_be("attention_bias", False)
-    hidden_size, num_heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
+    hidden_size, num_heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     return ModelConfig(
-        vocab_size=hf.integer("vocab_size"),
+        vocab_size=hf.size("vocab_size"),
         hidden_size=hidden_size,
         attention=GQAConfig(
             num_heads=num_heads,
-            num_kv_heads=hf.integer("num_key_value_heads", num_heads),
-            head_dim=hf.integer("head_dim", hidden_size // num_heads),
-            sliding_window=hf.integer("sliding_window", None),
+            num_kv_heads=hf.size("num_key_value_heads", num_heads),
+            head_dim=hf.size("head_dim", hidden_size // num_heads),
+            sliding_window=hf.size("sliding_window", None),
         ),
         rope=hf.rope(),
         moe=MoEConfig(
             hidden_size=hidden_size,
-            intermediate_size=hf.integer("intermediate_size"),
-            num_experts=hf.integer("num_local_experts"),
-            top_k=hf.integer("num_experts_per_tok"),
+            intermediate_size=hf.size("intermediate_size"),
+            num_experts=hf.size("num_local_experts"),
+            top_k=hf.size("num_experts_per_tok"),
             activation=hf.choice("hidden_act", ACTIVATIONS, "silu"),
             norm_topk_prob=True,
         ),
-        moe_layers=(True,) * hf.integer("num_hidden_layers"),
+        moe_layers=(True,) * hf.size("num_hidden_layers"),
         rms_norm_eps=hf.number("rms_norm_eps"),
         tie_word_embeddings=hf.boolean("tie_word_embeddings", False),
-        max_position_embeddings=hf.integer("max_position_embeddings"),
+        max_position_embeddings=hf.size("max_position_embeddings"),
         bos_token_id=hf.integer("bos_token_id", None),
         eos_token_ids=hf.tokens("eos_token_id"),
     )
