@@ -1,0 +1,196 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hf_checkpoint import BF16, CONFIGS, MIXTRAL, OLMOE, tensors_and_expected, write
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1
+from safetensors.numpy import load_file
+
+import weights_convert
+from jax_epmoe import make_mesh
+from jax_epmoe.checkpoint import load_model, parameter_shapes
+from jax_epmoe.models.families import read_config
+from weights_convert.cli import main
+
+PARITY = sorted((Path(__file__).parent.parent / "parity" / "checkpoints").glob("*/config.json"))
+
+
+def convert(src, dst, **options) -> dict[str, np.ndarray]:
+    """What is in the checkpoint that `convert` wrote."""
+    weights_convert.convert(src, dst, progress=False, **options)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(dst / "params" / "state")
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert sorted(actual) == sorted(expected)
+    for name, array in expected.items():
+        assert (name, actual[name].dtype, actual[name].shape) == (name, array.dtype, array.shape)
+        assert actual[name].tobytes() == array.tobytes(), f"{name} differs"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_parameter_comes_back_bit_for_bit(tmp_path, family, shards):
+    tensors, expected = tensors_and_expected(CONFIGS[family])
+    src = write(tmp_path / "src", CONFIGS[family], tensors, shards)
+    assert_same(convert(src, tmp_path / "dst"), expected)
+    assert_same(v1.load(tmp_path / "dst" / "params"), expected)  # the newer API, too
+
+
+@pytest.mark.parametrize("config", PARITY, ids=lambda config: config.parent.name)
+def test_checkpoints_as_on_the_hub_convert_and_load(tmp_path, config):
+    arrays = convert(config.parent, tmp_path / "dst")
+    shapes = parameter_shapes(read_config(config.parent))
+    assert {name: array.shape for name, array in arrays.items()} == {name: s.shape for name, s in shapes.items()}
+
+    tied = json.loads(config.read_text()).get("tie_word_embeddings", False)
+    stored = [load_file(file) for file in config.parent.glob("*.safetensors")]
+    elements = sum(a.size for file in stored for name, a in file.items() if not (tied and name == "lm_head.weight"))
+    assert sum(array.size for array in arrays.values()) == elements
+
+    model = load_model(tmp_path / "dst", mesh=make_mesh())
+    np.testing.assert_array_equal(model.embed.table[...], arrays["embed.table"])
+
+
+def test_restores_padded_to_shards(tmp_path):
+    tensors, expected = tensors_and_expected(MIXTRAL)
+    weights_convert.convert(write(tmp_path / "src", MIXTRAL, tensors), tmp_path / "dst", progress=False)
+    name, padded = "layers.1.moe.w_gate_up", (3, 2, 8, 16)  # intermediate size 7, over 8 devices
+    sharding = NamedSharding(jax.make_mesh((8,), ("tensor",)), PartitionSpec(None, None, "tensor"))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            tmp_path / "dst" / "params" / "state",
+            args=ocp.args.PyTreeRestore(
+                item={name: 0},
+                restore_args={name: ocp.ArrayRestoreArgs(sharding=sharding, global_shape=padded, strict=False)},
+                partial_restore=True,
+            ),
+        )[name]
+    assert restored.sharding == sharding
+    np.testing.assert_array_equal(restored, np.pad(expected[name], [(0, 0), (0, 0), (0, 1), (0, 0)]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", [BF16, np.float16, np.float32, np.float64])
+def test_dtype_converts(tmp_path, stored, dtype):
+    tensors, expected = tensors_and_expected(MIXTRAL, np.dtype(stored))
+    arrays = convert(write(tmp_path / "src", MIXTRAL, tensors), tmp_path / "dst", dtype=dtype)
+    assert_same(arrays, {name: array.astype(jnp.dtype(dtype)) for name, array in expected.items()})
+    assert json.loads((tmp_path / "dst" / "epmoe.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [({}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"), ({"dtype": "float32", "torch_dtype": None}, "float32")],
+)
+def test_dtype_defaults_to_the_config_s(tmp_path, keys, expected):
+    config = {key: value for key, value in MIXTRAL.items() if key != "torch_dtype"} | keys
+    tensors, _ = tensors_and_expected(config)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)  # mixed, as some are on the hub
+    arrays = convert(write(tmp_path / "src", config, tensors), tmp_path / "dst")
+    assert {array.dtype.name for array in arrays.values()} == {expected}
+
+
+def test_header_and_files_beside_the_weights(tmp_path):
+    tensors, _ = tensors_and_expected(MIXTRAL)
+    src = write(tmp_path / "src", MIXTRAL, tensors)
+    summary = weights_convert.convert(src, tmp_path / "deep" / "dst", progress=False)
+    dst = tmp_path / "deep" / "dst"
+    assert sorted(path.name for path in dst.iterdir()) == [
+        "config.json", "epmoe.json", "generation_config.json", "params", "tokenizer.json",
+    ]  # fmt: skip
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (dst / name).read_bytes() == (src / name).read_bytes()
+
+    lines = sorted(json.dumps([name, "BF16", array.shape]) for name, array in tensors.items())
+    lines += [json.dumps(["model.safetensors", (src / "model.safetensors").stat().st_size])]
+    fingerprint = hashlib.sha256((src / "config.json").read_bytes() + "\n".join(lines).encode()).hexdigest()
+    assert json.loads((dst / "epmoe.json").read_text()) == {
+        "format_version": 1,
+        "dtype": "bfloat16",
+        "quantization": None,
+        "source": {"fingerprint": fingerprint},
+    }
+    assert summary.parameters == sum(array.size for array in tensors.values())
+    assert summary.nbytes == 2 * summary.parameters
+
+
+def test_tied_head_that_repeats_the_embedding_is_dropped(tmp_path):
+    tensors, expected = tensors_and_expected(OLMOE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    assert_same(convert(write(tmp_path / "src", OLMOE, tensors, shards=2), tmp_path / "dst"), expected)
+
+
+def test_known_tensors_that_are_no_parameters_are_ignored(tmp_path):
+    tensors, expected = tensors_and_expected(MIXTRAL)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    assert_same(convert(write(tmp_path / "src", MIXTRAL, tensors), tmp_path / "dst"), expected)
+
+
+def test_hub_name_is_downloaded_and_its_links_are_followed(tmp_path, monkeypatch):
+    tensors, expected = tensors_and_expected(MIXTRAL)
+    blobs, snapshot = write(tmp_path / "blobs", MIXTRAL, tensors, shards=2), tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    calls = []
+
+    def snapshot_download(repo, **options):
+        calls.append((repo, options))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_same(convert("someone/mixtral", tmp_path / "dst", revision="v1"), expected)
+    [(repo, options)] = calls
+    assert (repo, options["revision"]) == ("someone/mixtral", "v1")
+    assert not any("*.bin" in p or "*.py" in p or p == "*" for p in options["allow_patterns"])
+
+
+def test_an_empty_folder_is_taken_as_destination(tmp_path, capsys):
+    tensors, _ = tensors_and_expected(MIXTRAL)
+    src = write(tmp_path / "src", MIXTRAL, tensors)
+    (tmp_path / "dst").mkdir()
+    assert main([str(src), str(tmp_path / "dst")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{tmp_path / 'dst'}: ")
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
+
+
+MEMORY = """
+import re, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import weights_convert
+# Not getrusage's ru_maxrss: a process inherits that from the one that started it.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+weights_convert.convert(sys.argv[1], sys.argv[2] + "/small", progress=False)
+before = peak()
+print(weights_convert.convert(sys.argv[3], sys.argv[2] + "/large", progress=False).nbytes, peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_layers(tmp_path):
+    config = MIXTRAL | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
+    layer = 3 * 8 * 256 * 1024 * 2  # 12.6 MB
+    for layers in (2, 16):
+        sized = config | {"num_hidden_layers": layers}
+        tensors, _ = tensors_and_expected(sized)
+        write(tmp_path / str(layers), sized, tensors, shards=2)
+        del tensors
+    output = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "2", tmp_path, tmp_path / "16"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    written, grown = map(int, output.split())
+    assert written > 16 * layer
+    assert grown < 3 * layer, f"{grown / layer:.1f} layers' memory more for 16 layers than for 2"

@@ -1,0 +1,321 @@
+"""From a Hugging Face folder or hub name to our checkpoint, a layer at a time.
+
+All is checked before a byte is written: config.json, every header, every name, shape and dtype, room on the disk. Then one
+layer's tensors are copied from the mapped files into our arrays, saved, and let go; the result gets its name at the end.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1 import partial as ocp_partial
+from tqdm import tqdm
+
+from jax_epmoe.checkpoint import DTYPES as DTYPES
+from jax_epmoe.checkpoint import FORMAT_VERSION, parameter_shapes
+from jax_epmoe.models.families import family_of, read_config
+from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, pieces
+from weights_convert.safetensors_file import FLOATS, Tensor, read_checkpoint, read_json
+
+COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+FROM_HUB = ("*.json", "*.safetensors", *COPIED)
+NOT_FROM_HUB = ("consolidated*", "*/*")  # Mistral's second copy of the weights; other formats' folders
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote, and how long it took."""
+
+    parameters: int
+    nbytes: int
+    dtype: str
+    seconds: float
+
+    def __str__(self) -> str:
+        parameters, size, rate = (
+            tqdm.format_sizeof(n) for n in (self.parameters, self.nbytes, self.nbytes / self.seconds)
+        )
+        return f"{parameters} parameters, {size}B of {self.dtype}, {self.seconds:.1f} s, {rate}B/s"
+
+
+@dataclass(frozen=True)
+class _Array:
+    """One array to write: its shape and dtype, and the tensors that go to its parts."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[tuple[str, tuple[int, ...]], ...]  # (tensor's name, index)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Lent(np.ndarray):
+    """An array that Orbax writes in place. It deep-copies NumPy arrays first, which would take a layer's memory twice."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> "_Lent":
+        return self
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Writes the checkpoint `src` to the folder `dst` in our format (see `jax_epmoe.checkpoint`).
+
+    Takes the memory of one layer. `dst` appears when all of it is written; a run that fails or is interrupted leaves nothing.
+
+    Args:
+      src: a folder with config.json and safetensors, or, where no such folder exists, a name on the Hugging Face hub.
+      dst: the folder to write; it must not exist, or be empty.
+      dtype: of the stored weights: bfloat16, float16 or float32. None takes config.json's `dtype` or `torch_dtype`, or
+        bfloat16 if it has neither. A router's correction bias is float32 always.
+      revision: a branch, tag or commit on the hub.
+      progress: show a progress bar, if stderr is a terminal.
+
+    Raises:
+      ValueError: `src` is not a checkpoint of a known family, whole and right in every name, shape and dtype; or `dst`
+        cannot take it.
+    """
+    start = time.perf_counter()
+    folder = _find(os.fspath(src), revision)
+    target = _check_target(Path(dst), folder)
+    hf = _read_hf_config(folder)
+    dtype = _choose_dtype(dtype, hf)
+    tensors = read_checkpoint(folder)
+    arrays = _match(tensors, hf, folder, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+    copied = [folder / name for name in COPIED if (folder / name).is_file()]
+    nbytes = sum(array.nbytes for array in arrays.values())
+    _check_space(target, nbytes + sum(file.stat().st_size for file in copied))
+
+    header = {
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "quantization": None,
+        "source": {"fingerprint": _fingerprint(tensors, folder)},
+    }
+    with _folder_that_appears(target) as temporary:
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
+        _write_arrays(temporary / "params", arrays, tensors, progress)
+        (temporary / "epmoe.json").write_text(json.dumps(header, indent=2) + "\n")
+    parameters = sum(math.prod(array.shape) for array in arrays.values())
+    return Summary(parameters, nbytes, dtype, time.perf_counter() - start)
+
+
+def _find(src: str, revision: str | None) -> Path:
+    """The local folder of `src`: itself, or what the hub's cache holds of it after downloading."""
+    if os.path.isdir(src):
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}; it should be left out: SRC {src!r} is a local folder")
+        return Path(src)
+    if os.path.exists(src) or not _HUB_NAME.fullmatch(src):
+        raise ValueError(f"SRC is {src!r}; it should be a folder, or a name on the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(src, revision=revision, allow_patterns=list(FROM_HUB), ignore_patterns=list(NOT_FROM_HUB))
+        )
+    except Exception as error:  # the hub client raises its own, its HTTP library's and the system's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"SRC {src!r} is not a folder, and cannot be had from the hub: {reason[:300]}") from error
+
+
+def _check_target(dst: Path, folder: Path) -> Path:
+    target, source = dst.resolve(), folder.resolve()
+    if target.is_relative_to(source):
+        raise ValueError(f"DST is {str(dst)!r}; it should not be inside SRC, {str(folder)!r}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"DST {str(dst)!r} exists; it should be a new or an empty folder")
+    return target
+
+
+def _read_hf_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; it should be a Hugging Face checkpoint")
+    hf = read_json(folder / "config.json")
+    if hf.get("quantization_config") is not None:
+        method = hf["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(
+            f"config.json has a quantization_config ({method}); only unquantised checkpoints are supported"
+        )
+    return hf
+
+
+def _choose_dtype(dtype: str | None, hf: Mapping[str, Any]) -> str:
+    name, value = "dtype", dtype
+    if dtype is None:
+        name = "config.json's dtype"
+        value = next((hf[key] for key in ("dtype", "torch_dtype") if hf.get(key) is not None), "bfloat16")
+    if value not in DTYPES:
+        raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(DTYPES)} (--dtype sets it)")
+    return value
+
+
+def _match(tensors: Mapping[str, Tensor], hf: dict[str, Any], folder: Path, dtype: np.dtype) -> dict[str, _Array]:
+    """The arrays to write, by our names, once every tensor has been found to be what the model needs."""
+    family, config = family_of(hf), read_config(folder)
+    shapes = parameter_shapes(config)
+    wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()})
+    if config.tie_word_embeddings and TIED_HEAD in tensors:
+        wanted[TIED_HEAD] = wanted[EMBEDDING]
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in IGNORED)}
+
+    _refuse(
+        [name for name in wanted if name not in tensors],
+        lambda name: f"tensor {name} is missing; it should be there, {list(wanted[name].shape)}",
+    )
+    _refuse(
+        [name for name in tensors if name not in wanted],
+        lambda name: (
+            f"tensor {name} {_describe(tensors[name])}; it should not be there: a {family} of this config has none"
+        ),
+    )
+    _refuse(
+        [name for name, piece in wanted.items() if tensors[name].shape != piece.shape],
+        lambda name: f"tensor {name} {_describe(tensors[name])}; it should be {list(wanted[name].shape)}",
+    )
+    _refuse(
+        [name for name in wanted if tensors[name].dtype not in FLOATS],
+        lambda name: (
+            f"tensor {name} {_describe(tensors[name])}; it should be {list(wanted[name].shape)}"
+            f" of a dtype among {', '.join(FLOATS)}"
+        ),
+    )
+    if TIED_HEAD in tensors and config.tie_word_embeddings:
+        _check_tied(tensors[TIED_HEAD], tensors[EMBEDDING])
+        del wanted[TIED_HEAD]
+
+    parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in shapes}
+    for name, piece in wanted.items():
+        parts[piece.parameter].append((name, piece.index))
+    return {
+        name: _Array(
+            struct.shape, np.dtype(np.float32) if name.endswith(".correction_bias") else dtype, tuple(parts[name])
+        )
+        for name, struct in shapes.items()
+    }
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"in {tensor.file.name} is {list(tensor.shape)} of {tensor.dtype}"
+
+
+def _refuse(names: list[str], line: Callable[[str], str]) -> None:
+    if names:
+        more = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+        raise ValueError(line(names[0]) + more)
+
+
+def _check_tied(head: Tensor, embedding: Tensor) -> None:
+    """A tied model has no head of its own; a file may repeat the embedding as one."""
+    a, b = head.read(), embedding.read()
+    rows = max(1, 2**24 // a.shape[1])
+    if not all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows)):
+        raise ValueError(
+            f"tensor {TIED_HEAD} {_describe(head)} and differs from {EMBEDDING}; it should equal it, as config.json ties them"
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    existing = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"{existing} has {free / 1e9:.1f} GB free; it should have {needed / 1e9:.1f} GB for {target.name}"
+        )
+
+
+def _fingerprint(tensors: Mapping[str, Tensor], folder: Path) -> str:
+    """Of config.json, of what tensors there are, and of how big their files are."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    files = {tensor.file for tensor in tensors.values()}
+    lines = sorted(json.dumps([name, tensor.dtype, tensor.shape]) for name, tensor in tensors.items())
+    lines += sorted(json.dumps([file.name, file.stat().st_size]) for file in files)
+    digest.update("\n".join(lines).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _folder_that_appears(target: Path) -> Iterator[Path]:
+    """A temporary sibling, which takes the name `target` if the body succeeds and is removed if it does not."""
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, _Array], tensors: Mapping[str, Tensor], progress: bool) -> None:
+    total = sum(array.nbytes for array in arrays.values())
+    disable = None if progress else True  # None: where stderr is not a terminal
+    # Orbax runs in a thread, so that Ctrl-C never stops it half-way: leaving the `with` waits until nothing writes any more.
+    with (
+        tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=disable) as bar,
+        ThreadPoolExecutor(max_workers=1) as thread,
+    ):
+        for layer in _by_layer(arrays):
+            thread.submit(_save, folder, {name: _assemble(arrays[name], tensors, bar) for name in layer}).result()
+        thread.submit(ocp_partial.finalize, folder).result()
+
+
+def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Adds arrays to the checkpoint."""
+    context = ocp.Context()
+    # Uncompressed: compression halves the rate and saves a fifth, and shards can then be read without reading whole arrays.
+    context.array.saving.use_compression = False
+    with context:
+        ocp_partial.save(folder, arrays)
+
+
+def _by_layer(names: Mapping[str, Any]) -> list[list[str]]:
+    def layer(name: str) -> str:
+        first, second, *_ = name.split(".")
+        return second if first == "layers" else first
+
+    return [list(group) for _, group in itertools.groupby(sorted(names, key=layer), key=layer)]
+
+
+def _assemble(array: _Array, tensors: Mapping[str, Tensor], bar: tqdm) -> np.ndarray:
+    """The array, filled from its tensors."""
+    result = np.empty(array.shape, array.dtype)
+    for name, index in array.parts:
+        tensor = tensors[name].read()
+        part = result[index]
+        with np.errstate(over="ignore"):  # not every cast would warn; what has overflowed is looked for below
+            part[...] = tensor.reshape(part.shape)
+        if not np.can_cast(tensor.dtype, part.dtype) and np.isinf(part).any():
+            raise ValueError(f"tensor {name} has values that {part.dtype} cannot hold; dtype should be a wider one")
+        bar.update(part.nbytes)
+    return result.view(_Lent)

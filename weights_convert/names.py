@@ -1,0 +1,119 @@
+"""What each of our parameters is made from: a table of Hugging Face's tensor names for every family."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors that make one parameter. `{i}` in a name is the layer; `{e}` stacks the experts on a new first axis.
+
+    Two names are a gate and an up projection, stacked in this order on a new axis (after the experts').
+    `heads` is the first of the two axes of ours, heads and head_dim, that the tensor holds as one.
+    """
+
+    names: tuple[str, ...]
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor goes: `parameter[index]`, and the shape that it has in the file."""
+
+    parameter: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+LAYER = "model.layers.{i}."
+
+
+def _one(name: str, heads: int | None = None) -> Source:
+    return Source((name,), heads)
+
+
+def _mlp(
+    ours: str, prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, Source]:
+    return {
+        f"{ours}.w_gate_up": Source((f"{prefix}.{gate}.weight", f"{prefix}.{up}.weight")),
+        f"{ours}.w_down": _one(f"{prefix}.{down}.weight"),
+    }
+
+
+_MODEL = {
+    "embed.table": _one("model.embed_tokens.weight"),
+    "head.weight": _one("lm_head.weight"),
+    "norm.scale": _one("model.norm.weight"),
+    "layers.{i}.attention_norm.scale": _one(LAYER + "input_layernorm.weight"),
+    "layers.{i}.mlp_norm.scale": _one(LAYER + "post_attention_layernorm.weight"),
+    "layers.{i}.attention.q": _one(LAYER + "self_attn.q_proj.weight", heads=0),
+    "layers.{i}.attention.o": _one(LAYER + "self_attn.o_proj.weight", heads=1),
+}
+_GQA = {
+    "layers.{i}.attention.k": _one(LAYER + "self_attn.k_proj.weight", heads=0),
+    "layers.{i}.attention.v": _one(LAYER + "self_attn.v_proj.weight", heads=0),
+}
+_QK_NORM = {
+    "layers.{i}.attention.q_norm.scale": _one(LAYER + "self_attn.q_norm.weight"),
+    "layers.{i}.attention.k_norm.scale": _one(LAYER + "self_attn.k_norm.weight"),
+}
+_MLA = {
+    "layers.{i}.attention.q_a": _one(LAYER + "self_attn.q_a_proj.weight"),
+    "layers.{i}.attention.q_a_norm.scale": _one(LAYER + "self_attn.q_a_layernorm.weight"),
+    "layers.{i}.attention.q_b": _one(LAYER + "self_attn.q_b_proj.weight", heads=0),
+    "layers.{i}.attention.kv_a": _one(LAYER + "self_attn.kv_a_proj_with_mqa.weight"),
+    "layers.{i}.attention.kv_a_norm.scale": _one(LAYER + "self_attn.kv_a_layernorm.weight"),
+    "layers.{i}.attention.kv_b": _one(LAYER + "self_attn.kv_b_proj.weight", heads=0),
+}
+_MOE = {
+    "layers.{i}.moe.router.weight": _one(LAYER + "mlp.gate.weight"),
+    **_mlp("layers.{i}.moe", LAYER + "mlp.experts.{e}"),
+}
+
+FAMILIES: dict[str, dict[str, Source]] = {
+    "mixtral": {
+        **_MODEL,
+        **_GQA,
+        "layers.{i}.moe.router.weight": _one(LAYER + "block_sparse_moe.gate.weight"),
+        **_mlp("layers.{i}.moe", LAYER + "block_sparse_moe.experts.{e}", gate="w1", up="w3", down="w2"),
+    },
+    "olmoe": {**_MODEL, **_GQA, **_QK_NORM, **_MOE},
+    "deepseek_v2": {
+        **_MODEL,
+        **_MLA,
+        **_MOE,
+        **_mlp("layers.{i}.moe.shared", LAYER + "mlp.shared_experts"),
+        **_mlp("layers.{i}.mlp", LAYER + "mlp"),
+    },
+}
+
+# What old checkpoints carry although it is computed, not learnt.
+IGNORED = (re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
+
+TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_LAYER_NUMBER = re.compile(r"^layers\.(\d+)\.")
+
+
+def pieces(family: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
+    """By Hugging Face's name, every tensor that a model of `family` with parameters of these `shapes` is made from."""
+    table = FAMILIES[family]
+    found = {}
+    for parameter, shape in shapes.items():
+        number = _LAYER_NUMBER.match(parameter)
+        source = table.get(_LAYER_NUMBER.sub("layers.{i}.", parameter))
+        if source is None:
+            raise ValueError(f"parameter {parameter} is not in the table of tensor names for {family}")
+        layer = number[1] if number else None
+        has_experts, is_pair = "{e}" in source.names[0], len(source.names) == 2
+        stored = tuple(shape[has_experts + is_pair :])
+        if source.heads is not None:
+            axis = source.heads
+            stored = (*stored[:axis], stored[axis] * stored[axis + 1], *stored[axis + 2 :])
+        for expert in range(shape[0]) if has_experts else (None,):
+            for half, name in enumerate(source.names):
+                index = (*((expert,) if expert is not None else ()), *((half,) if is_pair else ()))
+                found[name.format(i=layer, e=expert)] = Piece(parameter, index, stored)
+    return found
