@@ -11,6 +11,7 @@ is filled with zeros while restoring, and the model cuts its logits back.
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,9 +57,10 @@ def load_model(
     """
     path = Path(path)
     stored_dtype = _read_header(path)["dtype"]
-    graphdef, state = _abstract_model(read_config(path), mesh, _checked_dtype(dtype or stored_dtype), backend)
+    config = read_config(path)
+    graphdef, state = _abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
-    arrays = _restore(path, targets, progress)
+    arrays = _restore(path, parameter_shapes(config), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
 
 
@@ -97,7 +99,10 @@ def _name(keys: tuple[Any, ...]) -> str:
 
 
 def _checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    name = jnp.dtype(dtype).name
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
     require(name in DTYPES, "dtype", name, f"one of {', '.join(DTYPES)}")
     return jnp.dtype(name)
 
@@ -117,17 +122,14 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: bool) -> dict[str, jax.Array]:
+def _restore(
+    path: Path, shapes: dict[str, jax.ShapeDtypeStruct], targets: dict[str, jax.ShapeDtypeStruct], progress: bool
+) -> dict[str, jax.Array]:
     """Reads every target's array to its shards, a layer at a time, padding with zeros at the end of a dimension."""
     folder = (path / "params" / "state").resolve()  # where Orbax's piecewise saving puts a tree
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = _reading(path, lambda: handler.metadata(folder).tree)
-        for name, target in targets.items():
-            require(name in stored, f"checkpoint {str(path)!r}: parameter", name, "there; convert the checkpoint again")
-            fits = len(stored[name].shape) == len(target.shape) and all(
-                n <= padded for n, padded in zip(stored[name].shape, target.shape, strict=True)
-            )
-            require(fits, f"checkpoint {str(path)!r}: {name}'s shape", stored[name].shape, f"at most {target.shape}")
+        _check_stored(path, {name: tuple(array.shape) for name, array in stored.items()}, shapes)
         arrays: dict[str, jax.Array] = {}
         with tqdm(total=len(targets), desc="loading", unit="array", disable=not progress) as bar:
             for layer in _by_layer(targets):
@@ -146,6 +148,16 @@ def _restore(path: Path, targets: dict[str, jax.ShapeDtypeStruct], progress: boo
     return arrays
 
 
+def _check_stored(path: Path, stored: dict[str, tuple[int, ...]], shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Refuses arrays that are not those of the model that config.json tells."""
+    where, advice = f"checkpoint {str(path)!r}", "to fit config.json; convert the checkpoint again"
+    for name in sorted(stored.keys() ^ shapes.keys()):
+        what = "there; it should not be" if name in stored else "missing; it should be there"
+        raise ValueError(f"{where}: parameter {name} is {what}, {advice}")
+    for name, expected in shapes.items():
+        require(stored[name] == expected.shape, f"{where}: {name}'s shape", stored[name], f"{expected.shape}, {advice}")
+
+
 def _by_layer(targets: dict[str, Any]) -> Iterator[dict[str, Any]]:
     def layer(name: str) -> str:
         first, second, *_ = name.split(".")
@@ -157,10 +169,17 @@ def _by_layer(targets: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:
     """Runs `read`; whatever Orbax or TensorStore raise for missing or damaged files becomes one line."""
+    log = logging.getLogger("asyncio")  # where Orbax's other reads, which a failed one cancels, leave their tracebacks
+    silent, log.disabled = log.disabled, True
     try:
         return read()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause: BaseException = error
+        while cause.__cause__ is not None and str(cause.__cause__).strip():
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ValueError(
             f"checkpoint {str(path)!r}: params cannot be read, damaged or cut short: {reason[:300]}"
         ) from error
+    finally:
+        log.disabled = silent

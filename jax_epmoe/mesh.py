@@ -81,8 +81,8 @@ def initialize_distributed(
     if coordinator_address is not None and num_processes is not None and process_id is not None:
         require(num_processes > 0, "num_processes", num_processes, "a positive integer")
         require(0 <= process_id < num_processes, "process_id", process_id, f"from 0 to {num_processes - 1}")
-        port = coordinator_address.rpartition(":")[2]
-        require(port.isdigit(), "coordinator_address", coordinator_address, "host:port")
+        host, _, port = coordinator_address.rpartition(":")
+        require(host != "" and port.isdigit(), "coordinator_address", coordinator_address, "host:port")
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     elif any(value is not None for value in given):
         names = "coordinator_address, num_processes, process_id"

@@ -134,6 +134,7 @@ class GQA(Attention):
             kv_heads % tp_size == 0 or tp_size % kv_heads == 0,
             "tp_size", tp_size, f"a divisor or a multiple of the {kv_heads} KV heads",
         )  # fmt: skip
+        require(dim % 2 == 0, "head_dim", dim, "even: rotary embedding turns pairs")
         self.config = config
         self.interleaved = rope.interleaved
         self.scale = dim**-0.5 * rope.softmax_scale_factor
@@ -219,6 +220,8 @@ class MLA(Attention):
         tp_size = axes_size(mesh, TP_AXES)
         heads = config.num_heads
         require(heads % tp_size == 0, "tp_size", tp_size, f"a divisor of the {heads} query heads")
+        rope_dim = config.qk_rope_head_dim
+        require(rope_dim % 2 == 0, "qk_rope_head_dim", rope_dim, "even: rotary embedding turns pairs")
         self.config = config
         self.interleaved = rope.interleaved
         qk_dim = config.qk_nope_head_dim + config.qk_rope_head_dim

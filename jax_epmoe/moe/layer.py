@@ -79,7 +79,8 @@ class EPMoE(nnx.Module):
         require(config.num_experts % ep_size == 0, "ep_size", ep_size, f"a divisor of the {config.num_experts} experts")
         self.config = config
         self.mesh = mesh
-        self.backend = backend
+        # Kernels are chosen for the default device; a mesh of CPU devices beside a GPU needs the definition.
+        self.backend = "xla" if mesh.devices.flat[0].platform == "cpu" else backend
         self.data_axes = data
         self.expert_axis = expert_axis
         self.reduce_axes = reduced

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+ROW_ALIGNMENT = 8  # kernels take rows eight at a time
+
 
 class Plan(NamedTuple):
-    row_token: jax.Array  # [R] int32: which token each row is a copy of; R = T * k
+    row_token: jax.Array  # [R] int32: which token each row is a copy of; R = T * k, rounded up to a multiple of 8
     group_sizes: jax.Array  # [E_local] int32: rows of each local expert
     pair_row: jax.Array  # [T, k] int32: the row of each pair, or R where its expert lives elsewhere
 
@@ -29,13 +31,14 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
       num_local_experts: how many it holds, `E_local`.
     """
     num_tokens, top_k = ids.shape
-    rows = num_tokens * top_k
-    local = ids.reshape(rows) - first_expert
+    pairs = num_tokens * top_k
+    rows = -(-pairs // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    local = ids.reshape(pairs) - first_expert
     is_local = (local >= 0) & (local < num_local_experts)
-    order = jnp.argsort(jnp.where(is_local, local, num_local_experts), stable=True)  # [R]: row -> pair
-    group_sizes = (
-        jnp.zeros(num_local_experts, jnp.int32).at[jnp.where(is_local, local, num_local_experts)].add(1, mode="drop")
-    )
-    row_of_pair = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
+    key = jnp.where(is_local, local, num_local_experts)
+    order = jnp.argsort(key, stable=True)  # row -> pair
+    group_sizes = jnp.zeros(num_local_experts, jnp.int32).at[key].add(1, mode="drop")
+    row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
-    return Plan((order // top_k).astype(jnp.int32), group_sizes, pair_row)
+    row_token = jnp.pad((order // top_k).astype(jnp.int32), (0, rows - pairs))
+    return Plan(row_token, group_sizes, pair_row)

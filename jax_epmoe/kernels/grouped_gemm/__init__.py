@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from jax_epmoe.config import require
 from jax_epmoe.kernels.activations import ACTIVATIONS, gate
-from jax_epmoe.kernels.grouped_gemm import reference
+from jax_epmoe.kernels.grouped_gemm import hopper, reference
 
 # In order of preference.
-BACKENDS = {"xla": reference}
+BACKENDS = {"hopper": hopper, "xla": reference}
 
 
 def grouped_gemm(
@@ -45,7 +45,7 @@ def grouped_gemm(
       bias: `[experts, n]` (`[experts, 2, n]` with `activation`) added before the activation, or None.
       activation: None, "silu", "gelu" (exact) or "gelu_pytorch_tanh".
       out_dtype: default x's. Values are rounded once, at the end.
-      backend: "xla"; None picks the fastest that supports the call on this device.
+      backend: "hopper" or "xla"; None picks the fastest that supports the call on this device.
 
     Returns:
       `[rows, n]`: `act(x @ gate.T) * (x @ up.T)`, or `x @ w.T` without an activation.
@@ -112,19 +112,15 @@ def _backward(activation, out_dtype, backend, saved, d_out):
         # The product before the gate is computed again rather than kept: two wide rows a row of output.
         flat_w = w.reshape(experts, 2 * n, k)
         flat_bias = None if bias is None else bias.reshape(experts, 2 * n)
-        product = _first_that_serves(
-            backend, "matmul", rows, flat_w, group_sizes, bias=flat_bias, out_dtype=jnp.float32
-        )
-        product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n)
+        product = _first_that_serves(backend, "matmul", rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype)
+        product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n).astype(jnp.float32)
         (d_product,) = jax.vjp(partial(gate, activation), product)[1](d_out.astype(jnp.float32))
         d_product = d_product.reshape(-1, 2 * n).astype(x.dtype)
         w_2d = flat_w
     else:
         w_2d = w
     d_product = jnp.where(in_a_group, d_product, 0)
-    d_rows = _first_that_serves(
-        backend, "matmul", d_product, w_2d, group_sizes, transpose_w=True, out_dtype=jnp.float32
-    )
+    d_rows = _first_that_serves(backend, "matmul", d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
     d_rows = jnp.where(in_a_group, d_rows, 0)
     d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
     d_w = _first_that_serves(backend, "outer", d_product, rows, group_sizes, out_dtype=w.dtype)

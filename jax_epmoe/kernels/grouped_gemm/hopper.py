@@ -1,0 +1,312 @@
+"""The grouped product on Hopper's tensor cores: a persistent, warp-specialised Pallas (Mosaic GPU) kernel.
+
+Operands are swapped: weights ride wgmma's m, which is fixed at 64, and rows its n, which may be any multiple of 8. So a
+tile is as high as its group needs, from 8 rows while decoding to 128, and no row is padded by more than 7.
+
+A CTA has one producer warpgroup, which copies tiles of x and w into a ring of stages by TMA and runs on across output tiles,
+and two consumer warpgroups, each of which multiplies half of the tile's columns. CTAs walk over the tiles of `schedule.py`;
+the row tiles of one expert that share weights come one after another, so that the L2 serves them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.activations import ACTIVATIONS
+from jax_epmoe.kernels.grouped_gemm import hopper_outer, schedule
+from jax_epmoe.kernels.grouped_gemm.tuning import Tiling, choose_tiling
+
+_CONSUMERS = 2
+_ROW_ALIGNMENT = 8
+# What divides the contiguous dimension of an operand: the narrowest swizzle that wgmma reads is 32 bytes; transposed, 128.
+_K_ALIGNMENT = 16
+_TRANSPOSED_ALIGNMENT = 64
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    row_index: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    transpose_w: bool = False,
+    out_dtype: jax.typing.DTypeLike,
+    tiling: Tiling | None = None,
+) -> jax.Array:
+    """What `reference.matmul` computes, for bfloat16 and float16; rows past the groups are left as they are.
+
+    `row_index` gathers in a separate pass: it runs at copy speed, and row-sized TMA copies inside the kernel are slower.
+
+    Raises:
+      NotImplementedError: another device than Hopper, another dtype, a bias, a k that 16 does not divide (for
+        `transpose_w`: an n that 64 does not divide) or an n that 8 does not.
+    """
+    contraction, n = w.shape[-2:] if transpose_w else w.shape[:-3:-1]
+    _refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
+    alignment = _TRANSPOSED_ALIGNMENT if transpose_w else _K_ALIGNMENT
+    for refused, reason in (
+        (bias is not None, "there is a bias"),
+        (contraction % _K_ALIGNMENT or w.shape[-1] % alignment, f"{alignment} does not divide {w.shape[-1]} or k"),
+        (n % _ROW_ALIGNMENT, f"{_ROW_ALIGNMENT} does not divide n"),
+    ):
+        if refused:
+            raise NotImplementedError(f"grouped_gemm's hopper backend: {reason}")
+    rows = x.shape[0] if row_index is None else row_index.shape[0]
+    padding = -rows % _ROW_ALIGNMENT
+    if row_index is not None:
+        x = x[jnp.pad(row_index, (0, padding))]
+    elif padding:
+        x = jnp.pad(x, ((0, padding), (0, 0)))
+    if tiling is None:
+        tiling = choose_tiling(rows=rows, experts=w.shape[0], n=n, k=contraction, gated=activation is not None)
+    num_ctas = _num_sms()
+    plan = schedule.make_schedule(
+        group_sizes,
+        rows=x.shape[0],
+        heights=tiling.heights,
+        largest_heights=tiling.largest_heights or tiling.heights[-1:],
+        column_tiles=pl.cdiv(n, tiling.columns),
+        num_ctas=num_ctas,
+    )
+    w = w if activation else w[:, None]  # [experts, parts, n, k]
+    out = _run(x, w, plan, activation, tiling, num_ctas, transpose_w)
+    return out[:rows] if padding else out
+
+
+def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What `reference.outer` computes, for bfloat16 and float16.
+
+    Raises:
+      NotImplementedError: another device than Hopper, another dtype, or columns that 64 does not divide.
+    """
+    _refuse_unless_served(left.dtype, right.dtype, jnp.dtype(out_dtype))
+    if left.shape[1] % _TRANSPOSED_ALIGNMENT or right.shape[1] % _TRANSPOSED_ALIGNMENT:
+        raise NotImplementedError(f"grouped_gemm's hopper backend: {_TRANSPOSED_ALIGNMENT} does not divide n or k")
+    # Zeros of the left rows outside a group meet right rows: these must be finite.
+    in_a_group = (jnp.arange(right.shape[0]) < jnp.sum(group_sizes))[:, None]
+    rows = ((0, -left.shape[0] % _ROW_ALIGNMENT), (0, 0))
+    left, right = jnp.pad(left, rows), jnp.pad(jnp.where(in_a_group, right, 0), rows)
+    return hopper_outer.outer(left, right, group_sizes, num_ctas=_num_sms(), transforms=operand_transforms)
+
+
+def _refuse_unless_served(*dtypes: jnp.dtype) -> None:
+    if not on_hopper():
+        raise NotImplementedError("grouped_gemm's hopper backend: the device is not a Hopper GPU")
+    if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.bfloat16, jnp.float16):
+        names = ", ".join(map(str, dtypes))
+        raise NotImplementedError(f"grouped_gemm's hopper backend: dtypes {names} are not all bfloat16 or all float16")
+
+
+def on_hopper() -> bool:
+    """Whether JAX's default device has compute capability 9.0."""
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def _num_sms() -> int:
+    return getattr(jax.devices()[0], "core_count", None) or 132  # an H100's, where there is no GPU to ask
+
+
+def _run(
+    x: jax.Array,
+    w: jax.Array,
+    plan: jax.Array,
+    activation: str | None,
+    tiling: Tiling,
+    num_ctas: int,
+    transpose_w: bool,
+) -> jax.Array:
+    rows, k = x.shape
+    parts = w.shape[1]
+    n = w.shape[-1] if transpose_w else w.shape[-2]
+    k_steps, column_tiles = pl.cdiv(k, tiling.block_k), pl.cdiv(n, tiling.columns)
+    own_columns = tiling.columns // _CONSUMERS  # of a consumer warpgroup
+    blocks = own_columns // 64
+    slots = min(tiling.slots, blocks)
+    stages = tiling.stages
+    num_tiles_row = plan.shape[0] - 1
+    i32 = jnp.int32
+
+    def kernel(x_gmem, w_gmem, plan_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty):
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        total = plan_gmem[num_tiles_row, 0] * column_tiles
+        steps = lax.div(total - cta + (num_ctas - 1), i32(num_ctas))
+
+        def tile_of(step):
+            """The step-th tile of this CTA: expert, column tile, first row, valid rows [low, high), which height's code."""
+            index = lax.clamp(i32(0), step * num_ctas + cta, total - 1)
+            row = lax.div(index, i32(column_tiles))
+            expert, first, count, start, end, height = (plan_gmem[row, column] for column in range(6))
+            within = index - first * column_tiles
+            column_tile = lax.div(within, count)
+            first_row = lax.div(start, i32(_ROW_ALIGNMENT)) * _ROW_ALIGNMENT + (within - column_tile * count) * height
+            low, high = lax.max(start - first_row, i32(0)), lax.min(end - first_row, height)
+            code = sum(((high > h).astype(i32) for h in tiling.heights[:-1]), start=i32(0))
+            return expert, column_tile, first_row, low, high, code
+
+        def over_tiles(body: Callable[[Any, Any], None]) -> None:
+            """Runs `body(step, tile)` for all tiles; the next tile's entry is read one tile ahead."""
+
+            def step_body(step, tile):
+                following = tile_of(step + 1)
+                body(step, tile)
+                return following
+
+            lax.fori_loop(0, steps, step_body, tile_of(i32(0)))
+
+        def for_height(code, body: Callable[[int], None]) -> None:
+            for i, height in enumerate(tiling.heights):
+                pl.when(code == i)(functools.partial(body, height))
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load_tile(step, tile):
+                expert, column_tile, first_row, _, _, code = tile
+                first_row = pl.multiple_of(first_row, _ROW_ALIGNMENT)
+                columns = pl.ds(column_tile * tiling.columns, tiling.columns)
+
+                def load(height):
+                    @pl.loop(0, k_steps)
+                    def _(k_step):
+                        count = step * k_steps + k_step
+                        stage = lax.rem(count, i32(stages))
+
+                        @pl.when(count >= stages)
+                        def _():
+                            plgpu.barrier_wait(empty.at[stage])
+
+                        ks = pl.ds(k_step * tiling.block_k, tiling.block_k)
+                        plgpu.copy_gmem_to_smem(
+                            x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, pl.ds(0, height)], full.at[stage]
+                        )
+                        for part in range(parts):
+                            box = (ks, columns) if transpose_w else (columns, ks)
+                            plgpu.copy_gmem_to_smem(
+                                w_gmem.at[expert, part, *box], w_smem.at[stage, part], full.at[stage]
+                            )
+
+                for_height(code, load)
+
+            over_tiles(load_tile)
+            loads = steps * k_steps
+
+            @pl.loop(lax.max(loads - stages, i32(0)), loads)
+            def _(count):  # every stage must be released before the kernel ends
+                plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+
+            def multiply_tile(step, tile):
+                _, column_tile, first_row, low, high, code = tile
+                first_row = pl.multiple_of(first_row, _ROW_ALIGNMENT)
+                size = lax.max(high - low, i32(0))
+                first_column = column_tile * tiling.columns + warpgroup * own_columns
+
+                def main_loop(height, *accumulators):
+                    def k_body(k_step, _):
+                        count = step * k_steps + k_step
+                        stage = lax.rem(count, i32(stages))
+                        plgpu.barrier_wait(full.at[stage])
+                        own = pl.ds(warpgroup * own_columns, own_columns)
+                        for part, accumulator in enumerate(accumulators):
+                            weights = w_smem.at[stage, part]
+                            weights = weights.at[:, own].T if transpose_w else weights.at[own]
+                            plgpu.wgmma(accumulator, weights, x_smem.at[stage, pl.ds(0, height)].T)
+                        plgpu.wgmma_wait(1 if tiling.lag else 0)
+                        if tiling.lag:
+
+                            @pl.when(k_step > 0)
+                            def _():
+                                plgpu.barrier_arrive(empty.at[lax.rem(count + (stages - 1), i32(stages))])
+                        else:
+                            plgpu.barrier_arrive(empty.at[stage])
+                        return ()
+
+                    lax.fori_loop(0, k_steps, k_body, ())
+                    if tiling.lag:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[lax.rem(step * k_steps + (k_steps - 1), i32(stages))])
+                    return tuple(accumulator[...] for accumulator in accumulators)
+
+                def run(height):
+                    shape = plgpu.ACC((own_columns, height), jnp.float32)
+                    results = pl.run_scoped(functools.partial(main_loop, height), *[shape] * parts)
+                    result = ACTIVATIONS[activation](results[0]) * results[1] if activation else results[0]
+                    result = result.astype(x.dtype)  # [own_columns, height]
+                    for block in range(blocks):
+                        slot = block % slots
+                        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                        # The accumulator's layout goes through the transposed view as it is: matrix stores.
+                        out_smem.at[warpgroup, slot, pl.ds(0, height)].T[...] = result[block * 64 : (block + 1) * 64, :]
+                        plgpu.commit_smem()
+                        store(slot, first_column + block * 64)
+                        plgpu.commit_smem_to_gmem_group()
+
+                def store(slot, column):
+                    """Rows [low, high) of a slot; others of the tile belong to the neighbouring groups."""
+                    full_height = tiling.heights[-1]
+
+                    @pl.when(size == full_height)
+                    def _():
+                        plgpu.copy_smem_to_gmem(
+                            out_smem.at[warpgroup, slot],
+                            out_gmem.at[pl.ds(first_row, full_height), pl.ds(column, 64)],
+                            commit_group=False,
+                        )
+
+                    @pl.when(size != full_height)
+                    def _():
+                        offset = low
+                        piece = 1 << (full_height.bit_length() - 1)
+                        while piece:  # the size's binary digits: a copy's height must be static
+
+                            @pl.when((size & piece) != 0)
+                            def _(piece=piece, offset=offset):
+                                plgpu.copy_smem_to_gmem(
+                                    out_smem.at[warpgroup, slot, pl.ds(offset, piece)],
+                                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
+                                    commit_group=False,
+                                )
+
+                            offset = offset + (size & piece)
+                            piece //= 2
+
+                for_height(code, run)
+
+            over_tiles(multiply_tile)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    w_tile = (tiling.block_k, tiling.columns) if transpose_w else (tiling.columns, tiling.block_k)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, n), x.dtype),
+        scratch_types=[
+            plgpu.SMEM((stages, tiling.heights[-1], tiling.block_k), x.dtype, transforms=operand_transforms(k)),
+            plgpu.SMEM((stages, parts, *w_tile), w.dtype, transforms=operand_transforms(w.shape[-1])),
+            plgpu.SMEM((_CONSUMERS, slots, tiling.heights[-1], 64), x.dtype, transforms=(plgpu.SwizzleTransform(128),)),
+            plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+        ],
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(x, w, plan)
+
+
+def operand_transforms(minor: int) -> tuple[Any, ...]:
+    """How a 16-bit operand whose last dimension is `minor` lies in shared memory: the widest swizzle that divides it."""
+    width = next(width for width in (64, 32, _K_ALIGNMENT) if minor % width == 0)
+    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))

@@ -1,0 +1,149 @@
+"""The Hopper kernel without a GPU: interpreted on the CPU with race detection, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.grouped_gemm import grouped_gemm, hopper, reference
+from jax_epmoe.kernels.grouped_gemm.tuning import Tiling, choose_tiling
+
+
+@pytest.fixture(autouse=True)
+def pretend_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "on_hopper", lambda: True)
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+LOW = Tiling(columns=128, heights=(16, 64), stages=2)
+CASES = {
+    "one tile height": {"tiling": Tiling(columns=256, heights=(64,), stages=2), "n": 256},
+    "the largest height is picked": {
+        "tiling": Tiling(columns=128, heights=(16, 32, 64), largest_heights=(64, 48), stages=2), "n": 256,
+    },
+    "a stage is released late": {"tiling": Tiling(columns=128, heights=(64,), stages=2, lag=True), "k": 192},
+    "a gate": {"activation": "silu"},
+    "another gate, late": {"activation": "gelu_pytorch_tanh", "tiling": Tiling(columns=128, heights=(64,), stages=2, lag=True)},
+    "k and n off the tile": {"k": 112, "n": 200},
+    "transposed weights": {"transpose_w": True},
+    "transposed, k and n off the tile": {"transpose_w": True, "k": 80, "n": 192},
+    "no rows at all": {"sizes": (0, 0, 0)},
+    "one expert has every row": {"sizes": (0, 128, 0)},
+    "single rows": {"sizes": (1, 0, 1, 1)},
+    "sizes around the tile": {"sizes": (63, 64, 1)},
+    "rows that 8 does not divide": {"rows": 61, "sizes": (30, 7, 24)},
+    "a gather": {"rows": 40, "sizes": (11, 0, 20), "gather": 19},
+    "two output slots": {"tiling": Tiling(columns=256, heights=(64,), stages=2, slots=2), "n": 256},
+}  # fmt: skip
+
+
+def make_inputs(sizes=(37, 0, 70, 5), rows=128, k=128, n=128, activation=None, transpose_w=False, gather=None, **_):
+    keys = jax.random.split(jax.random.key(0), 3)
+    experts = len(sizes)
+    shape = (experts, k, n) if transpose_w else (experts, 2, n, k) if activation else (experts, n, k)
+    x = jax.random.normal(keys[0], (gather or rows, k), jnp.bfloat16)
+    w = (jax.random.normal(keys[1], shape) * k**-0.5).astype(jnp.bfloat16)
+    index = jax.random.randint(keys[2], (rows,), 0, gather) if gather else None
+    if not gather:  # rows past the groups may hold anything
+        x = x.at[sum(sizes) :].set(jnp.nan)
+    return x, w, jnp.array(sizes, jnp.int32), index
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_it_computes_the_definition_without_races(case):
+    x, w, sizes, index = make_inputs(**case)
+    options = {name: case[name] for name in ("activation", "transpose_w") if name in case}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = hopper.matmul(x, w, sizes, row_index=index, tiling=case.get("tiling", LOW), out_dtype=x.dtype, **options)
+        out = np.asarray(out, np.float32)
+    expected = reference.matmul(
+        x.astype(jnp.float32), w.astype(jnp.float32), sizes, row_index=index, out_dtype=jnp.float32, **options
+    )
+    valid = int(sizes.sum())
+    error = np.linalg.norm(out[:valid] - expected[:valid]) / max(np.linalg.norm(expected[:valid]), 1e-30)
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "n", "k"),
+    [((37, 0, 70, 5), 112, 128, 256), ((100, 3, 0, 1), 131, 192, 320), ((0, 0), 16, 64, 64)],
+    ids=str,
+)
+def test_the_gradient_of_the_weights_is_the_definition_without_races(sizes, rows, n, k):
+    left = jax.random.normal(jax.random.key(0), (rows, n), jnp.bfloat16)
+    right = jax.random.normal(jax.random.key(1), (rows, k), jnp.bfloat16).at[sum(sizes) :].set(jnp.nan)
+    sizes = jnp.array(sizes, jnp.int32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = np.asarray(hopper.outer(left, right, sizes, out_dtype=left.dtype), np.float32)
+    expected = reference.outer(left.astype(jnp.float32), right.astype(jnp.float32), sizes, out_dtype=jnp.float32)
+    assert np.linalg.norm(out - expected) <= 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "k", "n", "gated"),
+    [
+        (6144, 20, 5120, 1536, True),  # DeepSeek-Coder-V2, a rank of EP8
+        (6144, 20, 1536, 5120, False),
+        (49152, 160, 5120, 192, True),  # the same under TP8
+        (49152, 160, 192, 5120, False),
+        (65536, 128, 2048, 768, True),  # Qwen3-30B-A3B
+        (65536, 128, 768, 2048, False),
+        (16384, 8, 4096, 14336, True),  # Mixtral
+        (512, 64, 2048, 1024, True),  # OLMoE, decoding
+        (8, 64, 1024, 2048, False),
+        (192, 20, 5120, 1536, True),
+        (768, 20, 1536, 5120, False),
+    ],
+)
+def test_chosen_tilings_lower_for_cuda_and_fit_shared_memory(rows, experts, k, n, gated):
+    tiling = choose_tiling(rows=rows, experts=experts, n=n, k=k, gated=gated)
+    parts = 2 if gated else 1
+    stage = (tiling.heights[-1] + parts * tiling.columns) * tiling.block_k
+    assert 2 * (tiling.stages * stage + 2 * tiling.slots * tiling.heights[-1] * 64) <= 226 * 1024, tiling
+    w = (experts, 2, n, k) if gated else (experts, n, k)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, k), w)]
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def run(x, w, sizes):
+        return hopper.matmul(x, w, sizes, activation="silu" if gated else None, out_dtype=x.dtype)
+
+    jax.jit(run).trace(*shapes, sizes).lower(lowering_platforms=("cuda",))
+
+
+def test_both_gradients_lower_for_cuda():
+    x, w = jax.ShapeDtypeStruct((6144, 5120), jnp.bfloat16), jax.ShapeDtypeStruct((20, 2, 1536, 5120), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((20,), jnp.int32)
+
+    def loss(x, w, sizes):
+        return jnp.sum(grouped_gemm(x, w, sizes, activation="silu", backend="hopper"))
+
+    jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, w, sizes).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": jnp.float32},
+        {"out_dtype": jnp.float32},
+        {"k": 120},
+        {"n": 100},
+        {"bias": jnp.zeros((4, 128), jnp.bfloat16)},
+    ],
+    ids=str,
+)
+def test_what_it_cannot_serve_it_leaves_to_the_next(change):
+    dtype = change.get("dtype", jnp.bfloat16)
+    x = jnp.zeros((16, change.get("k", 128)), dtype)
+    w = jnp.zeros((4, change.get("n", 128), change.get("k", 128)), dtype)
+    with pytest.raises(NotImplementedError, match="hopper backend"):
+        hopper.matmul(x, w, jnp.array([4, 4, 4, 4]), bias=change.get("bias"), out_dtype=change.get("out_dtype", dtype))
+
+
+def test_it_serves_only_hopper(monkeypatch):
+    monkeypatch.undo()
+    x = jnp.zeros((16, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="not a Hopper"):
+        hopper.matmul(x, jnp.zeros((1, 128, 128), x.dtype), jnp.array([16]), out_dtype=x.dtype)

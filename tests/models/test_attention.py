@@ -1,0 +1,208 @@
+"""Attention against NumPy, one query at a time; both kinds on meshes with as many, fewer and more heads than devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import compiled, lively, numpy_attend, numpy_norm, numpy_rotate, relative_error
+
+from jax_epmoe import make_mesh
+from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig
+from jax_epmoe.models.attention import GQA, MLA, attend
+from jax_epmoe.models.blocks import rope_frequencies, rope_table
+
+HIDDEN, EPS = 20, 1e-5
+ROPE = RopeConfig(theta=100.0, attention_factor=1.2, softmax_scale_factor=1.3)
+SIZES = [(1, 1, 1), (2, 1, 2), (4, 4, 1), (8, 2, 1)]
+on_meshes = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize("kv_heads", [1, 2, 6], ids=lambda n: f"{n} kv heads")
+def test_attend_is_a_softmax_over_what_each_query_may_see(window, kv_heads):
+    q, k, v = random(2, 4, 6, 5), random(2, 9, kv_heads, 5, seed=1), random(2, 9, kv_heads, 3, seed=2)
+    query_positions = np.array([[0, 3, 4, 8], [5, 5, 1, 2]])
+    key_positions = np.array([[*range(9)], [4, 2, 0, 1, 5, 7, 3, 8, 6]])  # the second in another order
+    got = attend(*map(jnp.asarray, (q, k, v, query_positions, key_positions)), 0.7, window)
+    want = numpy_attend(q, k, v, query_positions, key_positions, 0.7, window)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_attend_keeps_vs_dtype_and_sums_in_float32():
+    q, k, v = (jnp.asarray(random(1, 300, 2, 64, seed=i), jnp.bfloat16) for i in range(3))
+    positions = jnp.arange(300)[None]
+    got = attend(q, k, v, positions, positions, 0.125)
+    want = numpy_attend(
+        *(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(positions), np.asarray(positions), 0.125
+    )
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, want) < 5e-3
+
+
+def test_attend_is_finite_for_scores_of_any_size():
+    q, k = jnp.full((1, 2, 1, 4), 1e4), jnp.full((1, 2, 1, 4), -1e4)
+    out = attend(q, k, jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None], jnp.arange(2)[None], 1.0)
+    np.testing.assert_array_equal(out, np.ones((1, 2, 1, 4)))
+
+
+def run(attention, x, rope, positions):
+    dim = getattr(attention.config, "head_dim", None) or attention.config.qk_rope_head_dim
+
+    def call(attention, x, positions):
+        return attention(x, rope_table(rope, dim, positions), positions, None)[0]
+
+    return compiled(attention, call)(x, positions)
+
+
+def weights_of(attention):
+    """Every parameter in float64, by its dotted name."""
+    return {
+        ".".join(map(str, keys)): np.asarray(variable.get_value(), np.float64)
+        for keys, variable in nnx.to_flat_state(nnx.state(attention, nnx.Param))
+    }
+
+
+def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
+    q, k, v = (np.einsum("bsh,ndh->bsnd", x, w[name]) for name in "qkv")
+    if config.qk_norm == "head":
+        q, k = (numpy_norm(a, w[name], EPS) for a, name in ((q, "q_norm.scale"), (k, "k_norm.scale")))
+    elif config.qk_norm == "full":
+        q, k = (
+            numpy_norm(a.reshape(*a.shape[:2], -1), w[name], EPS).reshape(a.shape)
+            for a, name in ((q, "q_norm.scale"), (k, "k_norm.scale"))
+        )
+    if config.clip_qkv is not None:
+        q, k, v = (np.clip(a, -config.clip_qkv, config.clip_qkv) for a in (q, k, v))
+    angles = positions[..., None] * rope_frequencies(rope, config.head_dim)
+    q, k = (rope.attention_factor * numpy_rotate(a, angles, rope.interleaved) for a in (q, k))
+    scale = config.head_dim**-0.5 * rope.softmax_scale_factor
+    out = numpy_attend(q, k, v, positions, positions, scale, config.sliding_window)
+    return np.einsum("bsnd,hnd->bsh", out, w["o"])
+
+
+@on_meshes
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_heads": 8},
+        {"num_kv_heads": 2, "sliding_window": 2},
+        {"num_kv_heads": 2, "qk_norm": "head"},
+        {"num_kv_heads": 4, "qk_norm": "full", "clip_qkv": 1.0},
+        {"num_kv_heads": 1, "qk_norm": "full"},
+        {"num_kv_heads": 2, "qk_norm": "head", "clip_qkv": 0.8},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_gqa_is_its_formula_on_every_mesh(sizes, changes):
+    config = GQAConfig(**({"num_heads": 8, "head_dim": 6} | changes))
+    attention = lively(GQA, config, ROPE, HIDDEN, EPS, mesh=make_mesh(*sizes))
+    x, positions = random(2, 5, HIDDEN), np.array([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
+    want = numpy_gqa(weights_of(attention), config, ROPE, x, positions)
+    assert relative_error(run(attention, x, ROPE, positions), want) < 1e-5
+
+
+def numpy_mla(w, config: MLAConfig, rope: RopeConfig, x, positions):
+    nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
+    if config.q_lora_rank is None:
+        q = np.einsum("bsh,ndh->bsnd", x, w["q"])
+    else:
+        q = np.einsum(
+            "bsr,ndr->bsnd", numpy_norm(x @ w["q_a"].T, w["q_a_norm.scale"], config.latent_norm_eps), w["q_b"]
+        )
+    kv_a = x @ w["kv_a"].T
+    latent = numpy_norm(kv_a[..., :rank], w["kv_a_norm.scale"], config.latent_norm_eps)
+    kv = np.einsum("blr,ndr->blnd", latent, w["kv_b"])
+    angles = positions[..., None] * rope_frequencies(rope, config.qk_rope_head_dim)
+    k_rope = rope.attention_factor * numpy_rotate(kv_a[..., None, rank:], angles, rope.interleaved)
+    q_rope = rope.attention_factor * numpy_rotate(q[..., nope:], angles, rope.interleaved)
+    q = np.concatenate([q[..., :nope], q_rope], axis=-1)
+    k = np.concatenate([kv[..., :nope], np.broadcast_to(k_rope, (*kv.shape[:3], k_rope.shape[-1]))], axis=-1)
+    out = numpy_attend(q, k, kv[..., nope:], positions, positions, q.shape[-1] ** -0.5 * rope.softmax_scale_factor)
+    return np.einsum("bsnd,hnd->bsh", out, w["o"])
+
+
+MLA_CONFIG = MLAConfig(num_heads=8, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+
+
+@on_meshes
+@pytest.mark.parametrize("q_lora_rank", [None, 14], ids=["q", "q_lora"])
+def test_mla_is_its_formula_on_every_mesh_expanded_and_absorbed(sizes, q_lora_rank):
+    """Four tokens with a cache take the expanded form, the fifth, alone, the absorbed one."""
+    config = dataclasses.replace(MLA_CONFIG, q_lora_rank=q_lora_rank)
+    rope = dataclasses.replace(ROPE, interleaved=True)
+    attention = lively(MLA, config, rope, HIDDEN, mesh=make_mesh(*sizes))
+
+    def call(attention, x, positions, cache):
+        return attention(x, rope_table(rope, config.qk_rope_head_dim, positions), positions, cache)
+
+    x, positions = random(2, 5, HIDDEN), np.array([[0, 1, 2, 3, 4]] * 2)
+    step = compiled(attention, call)
+    expanded, cache = step(x[:, :4], positions[:, :4], attention.init_cache(2, 6, jnp.float32))
+    absorbed, _ = step(x[:, 4:], positions[:, 4:], cache)
+    want = numpy_mla(weights_of(attention), config, rope, x, positions)
+    errors = {
+        "expanded": relative_error(expanded, want[:, :4]),
+        "absorbed": relative_error(absorbed, want[:, 4:]),
+    }
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(("sizes", "heads_cached"), [((2, 1, 2), 2), ((8, 2, 1), 8)], ids=["2x1x2", "8x2x1"])
+def test_gqas_cache_holds_a_head_a_device_at_least_and_splits_sequences_over_replicas(sizes, heads_cached):
+    config = GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6)
+    attention = lively(GQA, config, ROPE, HIDDEN, EPS, mesh=make_mesh(*sizes))
+    for cached in attention.init_cache(4, 7, jnp.bfloat16):
+        assert (cached.shape, cached.dtype) == ((4, 7, heads_cached, 6), jnp.bfloat16)
+        assert {s.data.shape for s in cached.addressable_shards} == {(4 // sizes[2], 7, heads_cached // sizes[0], 6)}
+
+
+def test_mlas_cache_holds_one_latent_and_one_rotated_key_a_position():
+    attention = lively(MLA, MLA_CONFIG, ROPE, HIDDEN, mesh=make_mesh(4, 2, 2))
+    (cached,) = attention.init_cache(4, 7, jnp.float32)
+    assert cached.shape == (4, 7, MLA_CONFIG.kv_lora_rank + MLA_CONFIG.qk_rope_head_dim)
+    assert {s.data.shape for s in cached.addressable_shards} == {(2, 7, 14)}
+
+
+def test_heads_are_dealt_and_small_matrices_are_on_every_device():
+    mesh = make_mesh(8, 4)
+    gqa = lively(GQA, GQAConfig(8, 2, 6), ROPE, HIDDEN, EPS, mesh=mesh)
+    mla = lively(MLA, MLA_CONFIG, ROPE, HIDDEN, mesh=mesh)
+    held = {
+        name: array.addressable_shards[0].data.shape
+        for name, array in {
+            "q": gqa.q[...], "k": gqa.k[...], "o": gqa.o[...], "kv_a": mla.kv_a[...], "kv_b": mla.kv_b[...],
+        }.items()
+    }  # fmt: skip
+    assert held == {"q": (1, 6, 20), "k": (2, 6, 20), "o": (20, 1, 6), "kv_a": (14, 20), "kv_b": (1, 11, 10)}
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "line"),
+    [
+        (GQAConfig(6, 2, 4), (4, 1, 1), "tp_size is 4; it should be a divisor of the 6 query heads"),
+        (GQAConfig(12, 3, 4), (4, 1, 1), "tp_size is 4; it should be a divisor or a multiple of the 3 KV heads"),
+        (GQAConfig(8, 2, 5), (1, 1, 1), "head_dim is 5; it should be even: rotary embedding turns pairs"),
+        (dataclasses.replace(MLA_CONFIG, num_heads=6), (4, 1, 1), "tp_size is 4; it should be a divisor of the 6 query heads"),
+        (dataclasses.replace(MLA_CONFIG, qk_rope_head_dim=3), (1, 1, 1),
+         "qk_rope_head_dim is 3; it should be even: rotary embedding turns pairs"),
+    ],
+)  # fmt: skip
+def test_heads_that_a_mesh_cannot_split_are_refused(config, sizes, line):
+    new = {"mesh": make_mesh(*sizes), "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        GQA(config, ROPE, HIDDEN, EPS, **new) if isinstance(config, GQAConfig) else MLA(config, ROPE, HIDDEN, **new)
+
+
+def test_attention_runs_outside_jit_too():
+    attention = lively(GQA, GQAConfig(4, 2, 6), ROPE, HIDDEN, EPS, mesh=make_mesh(2))
+    x, positions = jnp.asarray(random(1, 3, HIDDEN)), jnp.arange(3)[None]
+    eager = attention(x, rope_table(ROPE, 6, positions), positions, None)[0]
+    assert relative_error(eager, run(attention, x, ROPE, positions)) < 1e-6
+    assert isinstance(eager, jax.Array)
