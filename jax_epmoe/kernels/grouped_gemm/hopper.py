@@ -20,13 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels.activations import ACTIVATIONS
 from jax_epmoe.kernels.grouped_gemm import hopper_outer, schedule
+from jax_epmoe.kernels.grouped_gemm.layout import (
+    K_ALIGNMENT,
+    OUTPUT_TRANSFORMS,
+    ROW_ALIGNMENT,
+    TRANSPOSED_ALIGNMENT,
+    operand_transforms,
+)
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling, choose_tiling
 
 _CONSUMERS = 2
-_ROW_ALIGNMENT = 8
-# What divides the contiguous dimension of an operand: the narrowest swizzle that wgmma reads is 32 bytes; transposed, 128.
-_K_ALIGNMENT = 16
-_TRANSPOSED_ALIGNMENT = 64
 
 
 def matmul(
@@ -51,16 +54,16 @@ def matmul(
     """
     contraction, n = w.shape[-2:] if transpose_w else w.shape[:-3:-1]
     _refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
-    alignment = _TRANSPOSED_ALIGNMENT if transpose_w else _K_ALIGNMENT
+    alignment = TRANSPOSED_ALIGNMENT if transpose_w else K_ALIGNMENT
     for refused, reason in (
         (bias is not None, "there is a bias"),
-        (contraction % _K_ALIGNMENT or w.shape[-1] % alignment, f"{alignment} does not divide {w.shape[-1]} or k"),
-        (n % _ROW_ALIGNMENT, f"{_ROW_ALIGNMENT} does not divide n"),
+        (contraction % K_ALIGNMENT or w.shape[-1] % alignment, f"{alignment} does not divide {w.shape[-1]} or k"),
+        (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
     ):
         if refused:
             raise NotImplementedError(f"grouped_gemm's hopper backend: {reason}")
     rows = x.shape[0] if row_index is None else row_index.shape[0]
-    padding = -rows % _ROW_ALIGNMENT
+    padding = -rows % ROW_ALIGNMENT
     if row_index is not None:
         x = x[jnp.pad(row_index, (0, padding))]
     elif padding:
@@ -88,13 +91,13 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtyp
       NotImplementedError: another device than Hopper, another dtype, or columns that 64 does not divide.
     """
     _refuse_unless_served(left.dtype, right.dtype, jnp.dtype(out_dtype))
-    if left.shape[1] % _TRANSPOSED_ALIGNMENT or right.shape[1] % _TRANSPOSED_ALIGNMENT:
-        raise NotImplementedError(f"grouped_gemm's hopper backend: {_TRANSPOSED_ALIGNMENT} does not divide n or k")
+    if left.shape[1] % TRANSPOSED_ALIGNMENT or right.shape[1] % TRANSPOSED_ALIGNMENT:
+        raise NotImplementedError(f"grouped_gemm's hopper backend: {TRANSPOSED_ALIGNMENT} does not divide n or k")
     # Zeros of the left rows outside a group meet right rows: these must be finite.
     in_a_group = (jnp.arange(right.shape[0]) < jnp.sum(group_sizes))[:, None]
-    rows = ((0, -left.shape[0] % _ROW_ALIGNMENT), (0, 0))
+    rows = ((0, -left.shape[0] % ROW_ALIGNMENT), (0, 0))
     left, right = jnp.pad(left, rows), jnp.pad(jnp.where(in_a_group, right, 0), rows)
-    return hopper_outer.outer(left, right, group_sizes, num_ctas=_num_sms(), transforms=operand_transforms)
+    return hopper_outer.outer(left, right, group_sizes, num_ctas=_num_sms())
 
 
 def _refuse_unless_served(*dtypes: jnp.dtype) -> None:
@@ -146,7 +149,7 @@ def _run(
             expert, first, count, start, end, height = (plan_gmem[row, column] for column in range(6))
             within = index - first * column_tiles
             column_tile = lax.div(within, count)
-            first_row = lax.div(start, i32(_ROW_ALIGNMENT)) * _ROW_ALIGNMENT + (within - column_tile * count) * height
+            first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + (within - column_tile * count) * height
             low, high = lax.max(start - first_row, i32(0)), lax.min(end - first_row, height)
             code = sum(((high > h).astype(i32) for h in tiling.heights[:-1]), start=i32(0))
             return expert, column_tile, first_row, low, high, code
@@ -171,7 +174,7 @@ def _run(
 
             def load_tile(step, tile):
                 expert, column_tile, first_row, _, _, code = tile
-                first_row = pl.multiple_of(first_row, _ROW_ALIGNMENT)
+                first_row = pl.multiple_of(first_row, ROW_ALIGNMENT)
                 columns = pl.ds(column_tile * tiling.columns, tiling.columns)
 
                 def load(height):
@@ -209,7 +212,7 @@ def _run(
 
             def multiply_tile(step, tile):
                 _, column_tile, first_row, low, high, code = tile
-                first_row = pl.multiple_of(first_row, _ROW_ALIGNMENT)
+                first_row = pl.multiple_of(first_row, ROW_ALIGNMENT)
                 size = lax.max(high - low, i32(0))
                 first_column = column_tile * tiling.columns + warpgroup * own_columns
 
@@ -294,7 +297,7 @@ def _run(
         scratch_types=[
             plgpu.SMEM((stages, tiling.heights[-1], tiling.block_k), x.dtype, transforms=operand_transforms(k)),
             plgpu.SMEM((stages, parts, *w_tile), w.dtype, transforms=operand_transforms(w.shape[-1])),
-            plgpu.SMEM((_CONSUMERS, slots, tiling.heights[-1], 64), x.dtype, transforms=(plgpu.SwizzleTransform(128),)),
+            plgpu.SMEM((_CONSUMERS, slots, tiling.heights[-1], 64), x.dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
         ],
@@ -304,9 +307,3 @@ def _run(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, plan)
-
-
-def operand_transforms(minor: int) -> tuple[Any, ...]:
-    """How a 16-bit operand whose last dimension is `minor` lies in shared memory: the widest swizzle that divides it."""
-    width = next(width for width in (64, 32, _K_ALIGNMENT) if minor % width == 0)
-    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))

@@ -11,17 +11,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.kernels.grouped_gemm.layout import OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
+
 _CONSUMERS = 2
-_ROW_ALIGNMENT = 8
 _ROWS = 64  # of a stage
 _TILE = (128, 256)  # of the output
 _STAGES = 4
 
 
-def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas: int, transforms) -> jax.Array:
+def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas: int) -> jax.Array:
     """`left [rows, n]`, `right [rows, k]` of one 16-bit dtype, rows a multiple of 8 -> `[experts, n, k]` of that dtype.
 
-    Rows of `right` past the groups must be finite. `transforms(minor)` says how an operand lies in shared memory.
+    Rows of `right` past the groups must be finite.
     """
     n, k, experts = left.shape[1], right.shape[1], group_sizes.shape[0]
     tiles_n, tiles_k = pl.cdiv(n, _TILE[0]), pl.cdiv(k, _TILE[1])
@@ -43,7 +44,7 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas
             row_tile = lax.div(within, i32(tiles_k))
             column = (within - row_tile * tiles_k) * _TILE[1]
             start, end = bounds_gmem[0, expert], bounds_gmem[1, expert]
-            first_row = lax.div(start, i32(_ROW_ALIGNMENT)) * _ROW_ALIGNMENT
+            first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT
             loads = lax.select(end > start, lax.div(end - first_row + (_ROWS - 1), i32(_ROWS)), i32(0))
             return expert, row_tile * _TILE[0], column, start, end, first_row, loads
 
@@ -55,15 +56,15 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas
                 _, row, column, _, _, first_row, loads = tile_of(step)
 
                 @pl.loop(0, loads)
-                def _(load):
+                def _load(load):
                     count = done + load
                     stage = lax.rem(count, i32(_STAGES))
 
                     @pl.when(count >= _STAGES)
-                    def _():
+                    def _wait():
                         plgpu.barrier_wait(empty.at[stage])
 
-                    rows = pl.ds(pl.multiple_of(first_row + load * _ROWS, _ROW_ALIGNMENT), _ROWS)
+                    rows = pl.ds(pl.multiple_of(first_row + load * _ROWS, ROW_ALIGNMENT), _ROWS)
                     plgpu.copy_gmem_to_smem(
                         left_gmem.at[rows, pl.ds(row, _TILE[0])], left_smem.at[stage], full.at[stage]
                     )
@@ -76,7 +77,7 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas
             done = lax.fori_loop(0, steps, load_tile, i32(0))
 
             @pl.loop(lax.max(done - _STAGES, i32(0)), done)
-            def _(count):  # every stage must be released before the kernel ends
+            def _drain(count):  # every stage must be released before the kernel ends
                 plgpu.barrier_wait(empty.at[lax.rem(count, i32(_STAGES))])
 
         @pl.when(warpgroup < _CONSUMERS)
@@ -95,7 +96,7 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas
                         mine = left_smem.at[stage, :, own_columns]
 
                         @pl.when((stage_row < start) | (stage_row + _ROWS > end))
-                        def _():
+                        def _clear_foreign_rows():
                             values = plgpu.load(mine, layout=plgpu.Layout.WGMMA, optimized=False)
                             rows = stage_row + plgpu.broadcasted_iota(
                                 jnp.int32, (_ROWS, own), 0, layout=plgpu.Layout.WGMMA
@@ -130,9 +131,9 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas
         kernel,
         out_type=jax.ShapeDtypeStruct((experts, n, k), left.dtype),
         scratch_types=[
-            plgpu.SMEM((_STAGES, _ROWS, _TILE[0]), left.dtype, transforms=transforms(n)),
-            plgpu.SMEM((_STAGES, _ROWS, _TILE[1]), right.dtype, transforms=transforms(k)),
-            plgpu.SMEM((_CONSUMERS, own, 64), left.dtype, transforms=(plgpu.SwizzleTransform(128),)),
+            plgpu.SMEM((_STAGES, _ROWS, _TILE[0]), left.dtype, transforms=operand_transforms(n)),
+            plgpu.SMEM((_STAGES, _ROWS, _TILE[1]), right.dtype, transforms=operand_transforms(k)),
+            plgpu.SMEM((_CONSUMERS, own, 64), left.dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=_STAGES),
         ],

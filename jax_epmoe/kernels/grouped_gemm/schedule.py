@@ -66,7 +66,7 @@ def make_schedule(
         (cost[:, None, :] == cost[:, :, None]) & (number[None, None, :] < number[None, :, None])
     )
     first = jnp.sum(jnp.where(earlier, tiles[:, None, :], 0), axis=2)  # [candidates, experts]
-    best = 0
+    best: jax.Array | int = 0
     if len(largest_heights) > 1:
         best = jnp.argmin(_first_cta_time(first, tiles, cost, column_tiles, count, num_ctas))
     tiles, height, first = tiles[best], height[best], first[best]
