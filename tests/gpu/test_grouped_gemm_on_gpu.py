@@ -18,16 +18,15 @@ class TestHopper(GroupedGemmSuite):
 
 def make_case(rows, experts, k, n, gated, load):
     random = np.random.default_rng(0)
-    share = {
-        "uneven": random.dirichlet(np.full(experts, 0.5)),
-        "one": np.eye(experts)[experts // 2],
-        "half": np.full(experts, 0.5 / experts),  # half of the rows belong to nobody
+    sizes = {
+        "uneven": random.multinomial(rows, random.dirichlet(np.full(experts, 0.5))),
+        "one": rows * np.eye(experts, dtype=np.int32)[experts // 2],
+        "half": random.multinomial(rows // 2, np.full(experts, 1 / experts)),  # the other rows belong to nobody
     }[load]
-    sizes = np.floor(share * rows).astype(np.int32)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (rows, k), jnp.bfloat16)
     w = (jax.random.normal(keys[1], (experts, 2, n, k) if gated else (experts, n, k)) * k**-0.5).astype(jnp.bfloat16)
-    return x, w, jnp.asarray(sizes)
+    return x, w, jnp.asarray(sizes, jnp.int32)
 
 
 def sampled_error(out, x, w, sizes, gated) -> float:

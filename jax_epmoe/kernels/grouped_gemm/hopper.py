@@ -80,7 +80,7 @@ def matmul(
         num_ctas=num_ctas,
     )
     w = w if activation else w[:, None]  # [experts, parts, n, k]
-    out = _run(x, w, plan, activation, tiling, num_ctas, transpose_w)
+    out = _run(x, w, plan, activation=activation, tiling=tiling, num_ctas=num_ctas, transpose_w=transpose_w)
     return out[:rows] if padding else out
 
 
@@ -117,10 +117,13 @@ def _num_sms() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132  # an H100's, where there is no GPU to ask
 
 
+# Under jit of its own, so that a model's layers share one trace and one compilation.
+@functools.partial(jax.jit, static_argnames=("activation", "tiling", "num_ctas", "transpose_w"))
 def _run(
     x: jax.Array,
     w: jax.Array,
     plan: jax.Array,
+    *,
     activation: str | None,
     tiling: Tiling,
     num_ctas: int,

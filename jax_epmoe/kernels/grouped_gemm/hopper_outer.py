@@ -5,6 +5,8 @@ expert's matrix; it walks over the expert's rows, and both operands are read tra
 neighbouring groups that lie in an expert's first or last stage are set to zero there, in `left`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +21,7 @@ _TILE = (128, 256)  # of the output
 _STAGES = 4
 
 
+@functools.partial(jax.jit, static_argnames="num_ctas")
 def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, num_ctas: int) -> jax.Array:
     """`left [rows, n]`, `right [rows, k]` of one 16-bit dtype, rows a multiple of 8 -> `[experts, n, k]` of that dtype.
 

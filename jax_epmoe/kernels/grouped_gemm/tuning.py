@@ -34,7 +34,7 @@ def choose_tiling(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Ti
     rows_per_expert = rows / experts
     # Decoding reads weights and little else: low tiles, deep stages. A crowded expert gets the higher tile.
     if rows_per_expert <= 16:
-        return Tiling(columns=64 * 2, heights=(16, 32), block_k=64 if gated else 128, stages=6 if gated else 5)
+        return Tiling(columns=128, heights=(16, 32), block_k=128, stages=3 if gated else 5)
     if rows_per_expert <= 48:
         return Tiling(columns=128, heights=(16, 32, 64), stages=5 if gated else 8)
     narrow = gated or -(-n // 256) * 256 > 1.15 * n
