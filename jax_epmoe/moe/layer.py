@@ -69,18 +69,19 @@ class EPMoE(nnx.Module):
           backend: of `grouped_gemm`; None picks the fastest.
 
         Raises:
-          ValueError: an axis that the mesh lacks, or a number of experts that the mesh does not divide.
+          ValueError: an axis that the mesh lacks or that is named twice, or a number of experts that the mesh does not divide.
         """
         data = () if data_axes is None else (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
         reduced = tuple(axis for axis in (expert_axis, tensor_axis) if axis is not None)
         for axis in (*data, *reduced):
             require(axis in mesh.axis_names, "axis name", axis, f"one of the mesh's: {', '.join(mesh.axis_names)}")
+            require((*data, *reduced).count(axis) == 1, "axis name", axis, "named once: each axis splits one thing")
         ep_size = axes_size(mesh, expert_axis)
         require(config.num_experts % ep_size == 0, "ep_size", ep_size, f"a divisor of the {config.num_experts} experts")
         self.config = config
         self.mesh = mesh
         # Kernels are chosen for the default device; a mesh of CPU devices beside a GPU needs the definition.
-        self.backend = "xla" if mesh.devices.flat[0].platform == "cpu" else backend
+        self.backend = "xla" if backend is None and mesh.devices.flat[0].platform == "cpu" else backend
         self.data_axes = data
         self.expert_axis = expert_axis
         self.reduce_axes = reduced
@@ -170,6 +171,6 @@ class EPMoE(nnx.Module):
             with jax.named_scope("shared_experts"):
                 partial += self.shared.partial_sum(tokens)
         out = partial.astype(x.dtype)
-        if self.reduce_axes:
+        if axes_size(self.mesh, self.reduce_axes) > 1:
             out = jax.lax.psum(out, self.reduce_axes)
         return out.reshape(x.shape), plan.group_sizes

@@ -39,11 +39,12 @@ def route(
 
 def _in_best_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:
     """`[T, E]` bool: whether an expert's group is among the token's `topk_group` best."""
-    grouped = choice.reshape(choice.shape[0], config.n_group, -1)  # [T, groups, E / groups]
+    group_size = config.num_experts // config.n_group
+    grouped = choice.reshape(choice.shape[0], config.n_group, group_size)  # [T, groups, E / groups]
     if config.group_score == "max":
         group_scores = jnp.max(grouped, axis=-1)
     else:
         group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
     _, best = jax.lax.top_k(group_scores, config.topk_group)  # [T, topk_group]
     chosen = jnp.any(jax.nn.one_hot(best, config.n_group, dtype=bool), axis=1)  # [T, groups]
-    return jnp.repeat(chosen, grouped.shape[-1], axis=-1)
+    return jnp.repeat(chosen, group_size, axis=-1)

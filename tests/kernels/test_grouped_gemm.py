@@ -33,6 +33,12 @@ def test_a_gate_multiplies_the_activated_half_by_the_other():
     np.testing.assert_allclose(out, [[0.0], [2.1931758]], rtol=1e-6)
 
 
+def test_no_rows_make_no_rows():
+    for row_index in (None, jnp.zeros(0, jnp.int32)):
+        out = grouped_gemm(jnp.ones((0, 4)), jnp.ones((3, 5, 4)), jnp.zeros(3, jnp.int32), row_index=row_index)
+        assert out.shape == (0, 5)
+
+
 X, W, GATED, SIZES = jnp.zeros((6, 4)), jnp.zeros((3, 5, 4)), jnp.zeros((3, 2, 5, 4)), jnp.array([1, 2, 3])
 
 

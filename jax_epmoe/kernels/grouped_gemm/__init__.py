@@ -78,6 +78,8 @@ def grouped_gemm(
         )
     if bias is not None:
         require(bias.shape == w.shape[:-1], "bias.shape", bias.shape, f"{w.shape[:-1]}, as w's")
+    if (x if row_index is None else row_index).shape[0] == 0:
+        return jnp.zeros((0, w.shape[-2]), out_dtype)
     return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
 
 

@@ -52,11 +52,12 @@ def matmul(
       NotImplementedError: another device than Hopper, another dtype, a bias, a k that 16 does not divide (for
         `transpose_w`: an n that 64 does not divide) or an n that 8 does not.
     """
-    contraction, n = w.shape[-2:] if transpose_w else w.shape[:-3:-1]
+    contraction, n = w.shape[-2:] if transpose_w else (w.shape[-1], w.shape[-2])
     _refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
     alignment = TRANSPOSED_ALIGNMENT if transpose_w else K_ALIGNMENT
     for refused, reason in (
         (bias is not None, "there is a bias"),
+        (x.size == 0 or w.size == 0, "an operand is empty"),
         (contraction % K_ALIGNMENT or w.shape[-1] % alignment, f"{alignment} does not divide {w.shape[-1]} or k"),
         (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
     ):
@@ -137,19 +138,18 @@ def _run(
     blocks = own_columns // 64
     slots = min(tiling.slots, blocks)
     stages = tiling.stages
-    num_tiles_row = plan.shape[0] - 1
     i32 = jnp.int32
 
     def kernel(x_gmem, w_gmem, plan_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty):
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        total = plan_gmem[num_tiles_row, 0] * column_tiles
+        total = plan_gmem[schedule.TOTAL, 0] * column_tiles
         steps = lax.div(total - cta + (num_ctas - 1), i32(num_ctas))
 
         def tile_of(step):
             """The step-th tile of this CTA: expert, column tile, first row, valid rows [low, high), which height's code."""
             index = lax.clamp(i32(0), step * num_ctas + cta, total - 1)
             row = lax.div(index, i32(column_tiles))
-            expert, first, count, start, end, height = (plan_gmem[row, column] for column in range(6))
+            expert, first, count, start, end, height = (plan_gmem[name, row] for name in range(schedule.TOTAL))
             within = index - first * column_tiles
             column_tile = lax.div(within, count)
             first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + (within - column_tile * count) * height

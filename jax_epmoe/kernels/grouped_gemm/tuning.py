@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_NUM_SMS = 132
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -29,7 +31,7 @@ class Tiling:
 def choose_tiling(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling:
     """A tiling for `rows` rows over `experts` groups of unknown sizes, `k` -> `n` (with a gate: n of each half).
 
-    Found on one H100 with loads drawn from a Dirichlet(2) distribution; bench/results/grouped_gemm.json has the figures.
+    Found on one H100 with loads drawn from a Dirichlet(2) distribution.
     """
     rows_per_expert = rows / experts
     # Decoding reads weights and little else: low tiles, deep stages. A crowded expert gets the higher tile.
@@ -39,12 +41,13 @@ def choose_tiling(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Ti
         return Tiling(columns=128, heights=(16, 32, 64), stages=5 if gated else 8)
     narrow = gated or -(-n // 256) * 256 > 1.15 * n
     columns = 128 if narrow else 256
+    if k <= 512:  # hardly any main loop: what counts is how few rows are padded
+        return Tiling(columns=columns, heights=tuple(range(16, 129, 16)), stages=3)
     stages = 4 if gated or not narrow else 5
-    # Groups of a few tiles: heights that fit them, or a fifth of the work is padding and waiting for the last CTA.
-    if rows_per_expert <= 768:
-        if k <= 512:
-            return Tiling(columns=columns, heights=tuple(range(16, 129, 16)), stages=3)
+    rounds = rows / 128 * -(-n // columns) / _NUM_SMS  # of tiles, if all were full
+    if rounds <= 8:  # much of the time goes into the last round: heights that fit the groups, the best of them picked
         heights, candidates = (32, 64, 80, 96, 112, 128), (128, 112, 96, 80, 64)
         return Tiling(columns=columns, heights=heights, largest_heights=candidates, stages=stages)
-    # Many tiles each: one height, since each further one costs the main loop a little.
-    return Tiling(columns=columns, stages=stages, lag=k >= 4096)
+    if rows_per_expert <= 768:
+        return Tiling(columns=columns, heights=(64, 88, 112, 128), stages=stages, lag=k >= 1024)
+    return Tiling(columns=columns, stages=stages, lag=k >= 4096)  # each further height costs the main loop a little

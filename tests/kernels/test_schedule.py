@@ -1,0 +1,88 @@
+"""The Hopper kernel's tile list, interpreted on the CPU, against a plain loop."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.grouped_gemm import schedule
+
+
+@pytest.fixture(autouse=True)
+def clean_interpreter():
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+def made(sizes, **sizes_of_work) -> np.ndarray:
+    """`[tiles, 6]`, after a look at what lies behind."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        listed = np.asarray(schedule.make_schedule(jnp.asarray(sizes, jnp.int32), **sizes_of_work))
+    total = listed[schedule.TOTAL, 0]
+    assert (listed[schedule.TOTAL] == total).all()
+    assert listed.shape[1] >= schedule.max_tiles(sizes_of_work["rows"], len(sizes), sizes_of_work["largest_heights"])
+    assert not listed[: schedule.TOTAL, total:].any()
+    return listed[: schedule.TOTAL, :total].T
+
+
+def expected(sizes, *, rows, heights, largest_heights, column_tiles, num_ctas) -> list[list[int]]:
+    del rows
+    best = None
+    for largest in largest_heights:
+        groups, start = [], 0
+        for expert, size in enumerate(sizes):
+            end = start + size
+            if size:
+                span = end - start // 8 * 8
+                tiles = -(-span // largest)
+                height = math.ceil(math.ceil(span / tiles) / 8) * 8
+                run_as = next((h for h in heights if h >= height), heights[-1])
+                groups.append((expert, tiles, start, end, height, run_as))
+            start = end
+        groups.sort(key=lambda group: -group[-1])  # stable
+        listed, costs = [], []
+        for expert, tiles, begin, end, height, run_as in groups:
+            first = len(listed)
+            listed += [[expert, first, tiles, begin, end, height]] * tiles
+            costs += [run_as + schedule.FIXED_COST] * (tiles * column_tiles)
+        time = sum(costs[::num_ctas])
+        if best is None or time < best[0]:
+            best = (time, listed)
+    return best[1]
+
+
+def test_the_docstrings_example():
+    # 130 rows in two tiles of 72 (the second has 58 rows), an empty group, and 6 rows that begin at row 130: from row 128.
+    listed = made([130, 0, 6], rows=136, heights=(8, 72, 128), largest_heights=(128,), column_tiles=1, num_ctas=132)
+    assert listed.tolist() == [[0, 0, 2, 0, 130, 72], [0, 0, 2, 0, 130, 72], [2, 2, 1, 130, 136, 8]]
+
+
+DECODE = {"rows": 512, "heights": (16, 32), "largest_heights": (32,), "column_tiles": 12, "num_ctas": 132}
+PREFILL = {
+    "rows": 6144, "heights": (32, 64, 80, 96, 112, 128), "largest_heights": (128, 112, 96, 80, 64), "column_tiles": 12,
+    "num_ctas": 132,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [1, 20, 128, 130])
+@pytest.mark.parametrize("work", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("skew", [0.2, 5.0])
+def test_groups_are_cut_sorted_and_picked_as_by_hand(experts, work, skew):
+    random = np.random.default_rng(experts)
+    sizes = random.multinomial(work["rows"] - 5, random.dirichlet(np.full(experts, skew))).tolist()
+    assert made(sizes, **work).tolist() == expected(sizes, **work)
+
+
+def test_no_rows_make_no_tiles():
+    assert made([0, 0, 0, 0], **DECODE).tolist() == []
+
+
+@pytest.mark.parametrize("experts", [1, 20, 160, 512])
+@pytest.mark.parametrize("work", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_it_lowers_for_cuda(experts, work):
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    schedule.make_schedule.trace(sizes, **work).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,174 @@
+"""`route` against each model's published routing, written out token by token in NumPy float64; and `MoEConfig`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_epmoe import MoEConfig
+from jax_epmoe.moe.router import route
+
+H, E = 24, 16
+BASE = MoEConfig(hidden_size=H, intermediate_size=1, num_experts=E, top_k=4)
+VARIANTS = {
+    "mixtral": {"top_k": 2, "norm_topk_prob": True},
+    "olmoe": {},
+    "top_1": {"top_k": 1},
+    "every_expert": {"top_k": E},
+    "deepseek_v2": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0},
+    "deepseek_v2_one_group": {"n_group": 4, "topk_group": 1, "norm_topk_prob": True},
+    "deepseek_v3": {
+        "scoring": "sigmoid", "correction_bias": True, "n_group": 4, "topk_group": 2, "group_score": "top2_sum",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+    "deepseek_v3_pairs": {"scoring": "sigmoid", "correction_bias": True, "n_group": 8, "topk_group": 2, "group_score": "top2_sum"},
+    "sigmoid_all_groups": {"scoring": "sigmoid", "n_group": 4, "topk_group": 4, "group_score": "top2_sum"},
+    "softmax_with_bias": {"correction_bias": True, "norm_topk_prob": True},
+    "sigmoid_with_bias_and_no_groups": {"scoring": "sigmoid", "correction_bias": True},
+}  # fmt: skip
+
+
+def best_first(values: np.ndarray, count: int) -> list[int]:
+    """Indices of the largest values; of equal ones, the lower index first."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def route_one_token(logits: np.ndarray, bias: np.ndarray, config: MoEConfig) -> tuple[list[float], list[int]]:
+    if config.scoring == "softmax":
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+    else:
+        scores = 1 / (1 + np.exp(-logits))
+    choice = scores + bias
+    groups = np.split(np.arange(len(logits)), config.n_group)
+    if config.group_score == "max":
+        group_scores = np.array([max(choice[group]) for group in groups])
+    else:
+        group_scores = np.array([sum(sorted(choice[group])[-2:]) for group in groups])
+    eligible = sorted(e for g in best_first(group_scores, config.topk_group) for e in groups[g])
+    ids = [eligible[i] for i in best_first(choice[eligible], config.top_k)]
+    weights = scores[ids]
+    if config.norm_topk_prob:
+        weights = weights / weights.sum()
+    return list(weights * config.routed_scaling_factor), ids
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_published_routing(variant, dtype):
+    config = dataclasses.replace(BASE, **VARIANTS[variant])
+    rng = np.random.default_rng(len(variant))
+    x = jnp.asarray(rng.normal(size=(200, H)), dtype)
+    router_weight = rng.normal(size=(E, H)).astype(np.float32) / 4
+    bias = rng.normal(size=E).astype(np.float32) / 2 if config.correction_bias else np.zeros(E, np.float32)
+    weights, ids = jax.jit(route, static_argnames="config")(
+        x, router_weight, bias if config.correction_bias else None, config=config
+    )
+    assert (weights.dtype, ids.dtype) == (jnp.float32, jnp.int32)
+    logits = np.asarray(x).astype(np.float64) @ router_weight.astype(np.float64).T
+    expected = [route_one_token(row, bias.astype(np.float64), config) for row in logits]
+    np.testing.assert_array_equal(ids, [ids for _, ids in expected])
+    np.testing.assert_allclose(weights, [weights for weights, _ in expected], rtol=2e-5)
+
+
+def route_scores(scores: list[list[float]], bias: list[float] | None = None, **changes):
+    """Softmax routing whose scores are the given ones, in proportion: the router is the identity, x their logarithm."""
+    experts = len(scores[0])
+    config = MoEConfig(hidden_size=experts, intermediate_size=1, num_experts=experts, **changes)
+    return route(jnp.log(jnp.array(scores)), jnp.eye(experts), None if bias is None else jnp.array(bias), config)
+
+
+def test_an_example_by_hand():
+    # Scores 1/15, 2/15, 4/15, 8/15: the best two are experts 3 and 2.
+    scores = [[1.0, 2.0, 4.0, 8.0], [8.0, 1.0, 2.0, 4.0]]
+    weights, ids = route_scores(scores, top_k=2)
+    np.testing.assert_array_equal(ids, [[3, 2], [0, 3]])
+    np.testing.assert_allclose(weights, [[8 / 15, 4 / 15]] * 2, rtol=1e-6)
+    weights, ids = route_scores(scores, top_k=2, norm_topk_prob=True, routed_scaling_factor=3.0)
+    np.testing.assert_array_equal(ids, [[3, 2], [0, 3]])
+    np.testing.assert_allclose(weights, [[2.0, 1.0]] * 2, rtol=1e-6)
+
+
+def test_an_example_with_groups_by_hand():
+    # Groups (6, 1), (5, 4), (3, 1) of 20: the best expert lies in the first, the best two together in the second.
+    scores = [[6.0, 1.0, 5.0, 4.0, 3.0, 1.0]]
+    groups = {"top_k": 2, "n_group": 3, "topk_group": 1}
+    weights, ids = route_scores(scores, **groups, group_score="max")
+    np.testing.assert_array_equal(ids, [[0, 1]])
+    np.testing.assert_allclose(weights, [[0.3, 0.05]], rtol=1e-6)
+    weights, ids = route_scores(scores, **groups, group_score="top2_sum")
+    np.testing.assert_array_equal(ids, [[2, 3]])
+    np.testing.assert_allclose(weights, [[0.25, 0.2]], rtol=1e-6)
+
+
+def test_the_correction_bias_chooses_but_does_not_weigh():
+    # Scores 0.1, 0.2, 0.3, 0.4; with the bias 1.1, 0.2, 0.3, -0.6.
+    weights, ids = route_scores([[1.0, 2.0, 3.0, 4.0]], bias=[1.0, 0.0, 0.0, -1.0], top_k=2, correction_bias=True)
+    np.testing.assert_array_equal(ids, [[0, 2]])
+    np.testing.assert_allclose(weights, [[0.1, 0.3]], rtol=1e-6)
+
+
+def test_ties_go_to_the_lower_id():
+    _, ids = route_scores([[1.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]], top_k=2)
+    np.testing.assert_array_equal(ids, [[1, 2], [0, 1]])
+    _, ids = route_scores([[1.0, 3.0, 3.0, 1.0, 3.0, 1.0]], top_k=2, n_group=3, topk_group=1)
+    np.testing.assert_array_equal(ids, [[1, 0]])
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+def test_a_negative_correction_bias_never_lets_an_ineligible_expert_in(group_score):
+    """Where ineligible experts are masked with 0, as some published code does, they beat experts of negative choice score."""
+    changes = {"scoring": "sigmoid", "correction_bias": True, "n_group": 4, "topk_group": 1, "group_score": group_score}
+    config = dataclasses.replace(BASE, **changes)
+    x = np.random.default_rng(0).normal(size=(50, H)).astype(np.float32)
+    router_weight = np.random.default_rng(1).normal(size=(E, H)).astype(np.float32)
+    _, ids = route(x, router_weight, jnp.full(E, -10.0), config)
+    groups = np.asarray(ids) // (E // 4)
+    assert (groups == groups[:, :1]).all(), groups
+    assert all(len(set(row)) == config.top_k for row in np.asarray(ids).tolist())
+
+
+def test_sigmoids_that_all_underflow_make_no_nan():
+    config = dataclasses.replace(BASE, scoring="sigmoid", norm_topk_prob=True)
+    weights, _ = route(jnp.ones((1, H)), jnp.full((E, H), -100.0), None, config)
+    assert np.isfinite(weights).all(), weights
+
+
+@pytest.mark.parametrize("variant", ["olmoe", "deepseek_v3"])
+def test_no_tokens_are_no_trouble(variant):
+    config = dataclasses.replace(BASE, **VARIANTS[variant])
+    weights, ids = route(jnp.ones((0, H)), jnp.ones((E, H)), None, config)
+    assert weights.shape == ids.shape == (0, config.top_k)
+
+
+def test_no_gradient_reaches_the_correction_bias():
+    config = dataclasses.replace(BASE, **VARIANTS["deepseek_v3"])
+    x = np.random.default_rng(0).normal(size=(5, H)).astype(np.float32)
+    router_weight = np.random.default_rng(1).normal(size=(E, H)).astype(np.float32)
+    gradient = jax.grad(lambda bias: route(x, router_weight, bias, config)[0].sum())(jnp.zeros(E))
+    np.testing.assert_array_equal(gradient, np.zeros(E))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {name: bad}) for name in ("hidden_size", "intermediate_size", "num_experts", "top_k") for bad in (0, -1, 2.0)),
+        ("activation", {"activation": "relu"}),
+        ("scoring", {"scoring": "tanh"}),
+        ("group_score", {"group_score": "mean"}),
+        ("n_group", {"n_group": 3}),
+        ("n_group", {"n_group": 0}),
+        ("n_group", {"n_group": 16, "topk_group": 16, "group_score": "top2_sum"}),
+        ("topk_group", {"n_group": 4, "topk_group": 5}),
+        ("topk_group", {"topk_group": 0}),
+        ("top_k", {"top_k": 17}),
+        ("top_k", {"top_k": 5, "n_group": 4, "topk_group": 1}),
+        ("shared_intermediate_size", {"shared_intermediate_size": -1}),
+    ],
+)  # fmt: skip
+def test_a_bad_config_is_refused_by_name_in_one_line(name, changes):
+    with pytest.raises(ValueError, match=f"^{name} is .*; it should be ") as error:
+        dataclasses.replace(BASE, **changes)
+    assert "\n" not in str(error.value)
