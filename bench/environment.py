@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,5 +32,10 @@ def _version(name: str) -> str | None:
 
 
 def _module_and_arguments() -> list[str]:
+    """The command without `--output`: where a result was kept does not matter."""
     spec = sys.modules["__main__"].__spec__
-    return [spec.name if spec else sys.argv[0], *sys.argv[1:]]
+    arguments = sys.argv[1:]
+    if "--output" in arguments:
+        at = arguments.index("--output")
+        arguments = arguments[:at] + arguments[at + 2 :]
+    return [spec.name if spec else Path(sys.argv[0]).name, *arguments]
