@@ -70,9 +70,8 @@ class MoEConfig:
         require(
             self.top_k <= eligible, "top_k", self.top_k, f"at most the {eligible} experts that a token may choose from"
         )
-        require(
-            self.shared_intermediate_size >= 0, "shared_intermediate_size", self.shared_intermediate_size, "0 or more"
-        )
+        shared = self.shared_intermediate_size
+        require(isinstance(shared, int) and shared >= 0, "shared_intermediate_size", shared, "0 or a positive integer")
 
 
 @dataclass(frozen=True)

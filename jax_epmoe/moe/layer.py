@@ -101,7 +101,7 @@ class EPMoE(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`[..., H]` -> `[..., H]`, in x's dtype.
+        """`[..., H]` -> `[..., H]`, in x's dtype. Call it under `jit`: without, JAX compiles one operation at a time.
 
         Args:
           x: tokens; its first dimension divides by the devices of `data_axes` (a single token `[H]` needs just one).

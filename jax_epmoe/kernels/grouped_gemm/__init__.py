@@ -117,11 +117,11 @@ def _backward(activation, out_dtype, backend, saved, d_out):
         product = _first_that_serves(backend, "matmul", rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype)
         product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n).astype(jnp.float32)
         (d_product,) = jax.vjp(partial(gate, activation), product)[1](d_out.astype(jnp.float32))
-        d_product = d_product.reshape(-1, 2 * n).astype(x.dtype)
+        d_product = d_product.reshape(-1, 2 * n)
         w_2d = flat_w
     else:
         w_2d = w
-    d_product = jnp.where(in_a_group, d_product, 0)
+    d_product = jnp.where(in_a_group, d_product, 0).astype(x.dtype)
     d_rows = _first_that_serves(backend, "matmul", d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
     d_rows = jnp.where(in_a_group, d_rows, 0)
     d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
