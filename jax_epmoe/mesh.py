@@ -4,6 +4,7 @@ Axes, always all three, in this order: `data`, `expert`, `tensor`, of sizes `dp_
 `tp_size // ep_size`. Attention is split over `TP_AXES`, the `tp_size` devices of `expert` and `tensor` together.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -59,6 +60,20 @@ def axes_size(mesh: Mesh, axes: str | Sequence[str] | None) -> int:
     """Over how many devices the named axes of a mesh spread an array; 1 for none."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
+
+
+def split_cpu(count: int) -> None:
+    """Makes `count` JAX devices of this machine's CPU, so that a mesh can be tried without accelerators.
+
+    GPUs are not affected. What XLA_FLAGS or JAX_NUM_CPU_DEVICES ask for has precedence. Call it before anything asks JAX for
+    its devices; later it does nothing.
+    """
+    asked = jax.config.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    )
+    if not asked:
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def initialize_distributed(

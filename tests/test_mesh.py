@@ -1,12 +1,16 @@
 """make_mesh's axes and refusals, and when a program joins others."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from jax_epmoe import initialize_distributed, make_mesh
-from jax_epmoe.mesh import DATA, EXPERT, TENSOR, TP_AXES, axes_size
+from jax_epmoe.mesh import DATA, EXPERT, TENSOR, TP_AXES, axes_size, split_cpu
 
 LAUNCHER_VARIABLES = (
     "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX",
@@ -151,3 +155,24 @@ def test_arguments_that_name_no_process_are_refused(joined, arguments, line):
     expected = "coordinator_address, num_processes, process_id is " if line.startswith("given") else line
     assert str(caught.value).startswith(expected)
     assert joined == []
+
+
+def test_split_cpu_makes_devices_of_a_cpu_unless_the_environment_asks_for_others():
+    code = "from jax_epmoe.mesh import split_cpu; split_cpu(3); import jax; print(len(jax.devices()))"
+
+    def devices(**environment) -> str:
+        kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True
+        )
+        return run.stdout.strip()
+
+    assert devices() == "3"
+    assert devices(JAX_NUM_CPU_DEVICES="2") == "2"
+    assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=5") == "5"
+
+
+def test_split_cpu_comes_too_late_without_harm():
+    before = jax.devices()
+    split_cpu(3)
+    assert jax.devices() == before

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 import jax_epmoe as ep
 from jax_epmoe.generate.engine import Engine
 from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.mesh import split_cpu
 from jax_epmoe.models.decoder import Decoder
 from weights_convert import convert
 
@@ -61,7 +62,7 @@ def choose_devices() -> str:
     if len(gpus) >= DEVICES:
         return "GPU"
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    split_cpu(DEVICES)
     return "CPU"
 
 

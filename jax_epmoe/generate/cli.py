@@ -158,7 +158,7 @@ def _generate(args: argparse.Namespace) -> None:
     from jax_epmoe.generate import text
     from jax_epmoe.generate.batching import check_prompts, check_sizes
     from jax_epmoe.generate.sampling import SamplingParams
-    from jax_epmoe.mesh import initialize_distributed
+    from jax_epmoe.mesh import initialize_distributed, split_cpu
 
     default = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
     entries = _entries(args)
@@ -175,6 +175,7 @@ def _generate(args: argparse.Namespace) -> None:
         prompts, vocab_size=config.vocab_size, context_length=context_length, names=[entry.name for entry in entries]
     )
 
+    split_cpu(max(1, args.tp_size * args.dp_size // (args.num_processes or 1)))
     initialize_distributed(args.coordinator_address, args.num_processes, args.process_id)
     import jax
 
