@@ -67,9 +67,9 @@ def text_entry(name: str, text: str) -> Entry:
     """A prompt of plain text.
 
     Raises:
-      ValueError: it is no Unicode text (half a surrogate pair, or bytes of another encoding).
+      ValueError: it is empty or no Unicode text (half a surrogate pair, or bytes of another encoding).
     """
-    _check_text(name, text)
+    _check_prompt(name, text)
     return Entry(name, text)
 
 
@@ -116,8 +116,14 @@ def _check_messages(name: str, messages: Any) -> None:
             _check_text(f"{name} {number}", message["content"])
 
 
+def _check_prompt(name: str, text: Any) -> None:
+    _check_text(name, text)
+    # A tokenizer may make one token of it, its BOS; whoever wants that can say so with token ids.
+    require(text != "", name, text, "some text")
+
+
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "prompt": _check_text,
+    "prompt": _check_prompt,
     "prompt_token_ids": _check_token_ids,
     "messages": _check_messages,
 }
