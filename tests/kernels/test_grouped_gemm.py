@@ -73,7 +73,7 @@ def test_a_backend_that_cannot_serve_is_passed_over_unless_it_was_named(monkeypa
     def refuse(*args, **kwargs):
         raise NotImplementedError("no such card")
 
-    picky = types.SimpleNamespace(matmul=refuse, outer=refuse)
+    picky = types.SimpleNamespace(matmul=refuse)
     monkeypatch.setattr(package, "BACKENDS", {"picky": picky, **package.BACKENDS})
     x = jnp.ones((6, 4))
     np.testing.assert_array_equal(grouped_gemm(x, W + 1, SIZES), np.full((6, 5), 4.0))

@@ -6,8 +6,8 @@
         out[rows] = act(x[rows] @ w[e, 0].T) * (x[rows] @ w[e, 1].T)     # or x[rows] @ w[e].T without a gate
         start += size
 
-`grouped_gemm` is the only public name. A backend is a module with `matmul` and `outer` (see reference.py for what they
-compute); one that cannot serve a call raises NotImplementedError, and the next is asked.
+`grouped_gemm` is the only public name. A backend is a module with `matmul`; one that cannot serve a call raises
+NotImplementedError, and the next is asked. The gradient of the weights is `reference.outer` whatever the backend.
 """
 
 from functools import partial
@@ -83,10 +83,11 @@ def grouped_gemm(
     return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
 
 
-def _first_that_serves(backend: str | None, function: str, *args, **kwargs) -> jax.Array:
+def _matmul(backend: str | None, *args, **kwargs) -> jax.Array:
+    """`matmul` of the named backend, or of the first that serves the call."""
     for module in (BACKENDS[backend],) if backend else BACKENDS.values():
         try:
-            return getattr(module, function)(*args, **kwargs)
+            return module.matmul(*args, **kwargs)
         except NotImplementedError as error:
             refusal = error
     raise refusal
@@ -94,8 +95,8 @@ def _first_that_serves(backend: str | None, function: str, *args, **kwargs) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
-    return _first_that_serves(
-        backend, "matmul", x, w, group_sizes, row_index=row_index, bias=bias, activation=activation, out_dtype=out_dtype
+    return _matmul(
+        backend, x, w, group_sizes, row_index=row_index, bias=bias, activation=activation, out_dtype=out_dtype
     )
 
 
@@ -114,7 +115,7 @@ def _backward(activation, out_dtype, backend, saved, d_out):
         # The product before the gate is computed again rather than kept: two wide rows a row of output.
         flat_w = w.reshape(experts, 2 * n, k)
         flat_bias = None if bias is None else bias.reshape(experts, 2 * n)
-        product = _first_that_serves(backend, "matmul", rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype)
+        product = _matmul(backend, rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype)
         product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n).astype(jnp.float32)
         (d_product,) = jax.vjp(partial(gate, activation), product)[1](d_out.astype(jnp.float32))
         d_product = d_product.reshape(-1, 2 * n)
@@ -122,14 +123,14 @@ def _backward(activation, out_dtype, backend, saved, d_out):
     else:
         w_2d = w
     d_product = jnp.where(in_a_group, d_product, 0).astype(x.dtype)
-    d_rows = _first_that_serves(backend, "matmul", d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
+    d_rows = _matmul(backend, d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
     d_rows = jnp.where(in_a_group, d_rows, 0)
     d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
-    d_w = _first_that_serves(backend, "outer", d_product, rows, group_sizes, out_dtype=w.dtype)
+    d_w = reference.outer(d_product, rows, group_sizes, out_dtype=w.dtype)
     d_bias = None
     if bias is not None:
         ones = jnp.ones((rows.shape[0], 1), d_product.dtype)
-        d_bias = _first_that_serves(backend, "outer", d_product, ones, group_sizes, out_dtype=bias.dtype)
+        d_bias = reference.outer(d_product, ones, group_sizes, out_dtype=bias.dtype)
         d_bias = d_bias.reshape(bias.shape)
     return d_x.astype(x.dtype), d_w.reshape(w.shape), None, None, d_bias
 

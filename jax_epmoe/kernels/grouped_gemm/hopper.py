@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels.activations import ACTIVATIONS
-from jax_epmoe.kernels.grouped_gemm import hopper_outer, schedule
+from jax_epmoe.kernels.grouped_gemm import schedule
 from jax_epmoe.kernels.grouped_gemm.layout import (
     K_ALIGNMENT,
     OUTPUT_TRANSFORMS,
@@ -83,22 +83,6 @@ def matmul(
     w = w if activation else w[:, None]  # [experts, parts, n, k]
     out = _run(x, w, plan, activation=activation, tiling=tiling, num_ctas=num_ctas, transpose_w=transpose_w)
     return out[:rows] if padding else out
-
-
-def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What `reference.outer` computes, for bfloat16 and float16.
-
-    Raises:
-      NotImplementedError: another device than Hopper, another dtype, or columns that 64 does not divide.
-    """
-    _refuse_unless_served(left.dtype, right.dtype, jnp.dtype(out_dtype))
-    if left.shape[1] % TRANSPOSED_ALIGNMENT or right.shape[1] % TRANSPOSED_ALIGNMENT:
-        raise NotImplementedError(f"grouped_gemm's hopper backend: {TRANSPOSED_ALIGNMENT} does not divide n or k")
-    # Zeros of the left rows outside a group meet right rows: these must be finite.
-    in_a_group = (jnp.arange(right.shape[0]) < jnp.sum(group_sizes))[:, None]
-    rows = ((0, -left.shape[0] % ROW_ALIGNMENT), (0, 0))
-    left, right = jnp.pad(left, rows), jnp.pad(jnp.where(in_a_group, right, 0), rows)
-    return hopper_outer.outer(left, right, group_sizes, num_ctas=_num_sms())
 
 
 def _refuse_unless_served(*dtypes: jnp.dtype) -> None:
