@@ -35,8 +35,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 8])
     parser.add_argument("--prompt-length", type=int, default=512 if on_gpu else 64)
     parser.add_argument("--output-length", type=int, default=64 if on_gpu else 16)
-    parser.add_argument("--output", type=Path, default=RESULTS / "generate.json")
+    parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after model and device")
     args = parser.parse_args()
+    if args.output is None:
+        device = jax.devices()[0].device_kind.lower().replace(" ", "-")
+        args.output = RESULTS / f"generate_{args.model.resolve().name}_{device}.json"
 
     mesh = ep.make_mesh(args.tp_size, args.ep_size, args.dp_size)
     decoder = ep.dummy_model(args.model, mesh=mesh, dtype=args.dtype)

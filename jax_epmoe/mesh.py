@@ -65,13 +65,13 @@ def axes_size(mesh: Mesh, axes: str | Sequence[str] | None) -> int:
 def split_cpu(count: int) -> None:
     """Makes `count` JAX devices of this machine's CPU, so that a mesh can be tried without accelerators.
 
-    GPUs are not affected. What XLA_FLAGS or JAX_NUM_CPU_DEVICES ask for has precedence. Call it before anything asks JAX for
-    its devices; later it does nothing.
+    GPUs are not affected. What XLA_FLAGS or JAX_NUM_CPU_DEVICES ask for has precedence, and under a job launcher each process
+    keeps what it has. Call it before anything asks JAX for its devices; later it does nothing.
     """
     asked = jax.config.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
-    if not asked:
+    if not asked and not _launched_with_peers():
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update("jax_num_cpu_devices", count)
 

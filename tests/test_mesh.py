@@ -170,6 +170,7 @@ def test_split_cpu_makes_devices_of_a_cpu_unless_the_environment_asks_for_others
     assert devices() == "3"
     assert devices(JAX_NUM_CPU_DEVICES="2") == "2"
     assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=5") == "5"
+    assert devices(SLURM_STEP_NUM_TASKS="2") == "1"
 
 
 def test_split_cpu_comes_too_late_without_harm():
