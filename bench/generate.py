@@ -4,6 +4,7 @@
     python -m bench.generate --model FOLDER --tp-size 8 --ep-size 8 --batch-size 1 8 64
 
 Each line is one batch of random prompts of one length, run twice: the first run compiles and warms up, the second is timed.
+The peak of a device's memory is the process's so far, so batches run in rising order.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
     mesh = ep.make_mesh(args.tp_size, args.ep_size, args.dp_size)
     decoder = ep.dummy_model(args.model, mesh=mesh, dtype=args.dtype)
     rows = []
-    for batch_size in tqdm(args.batch_size, desc="batches"):
+    for batch_size in tqdm(sorted(args.batch_size), desc="batches"):
         engine = Engine(decoder, max_batch_size=batch_size)
         rows.append(measure(engine, batch_size, args.prompt_length, args.output_length))
     result = {
@@ -77,7 +78,7 @@ def measure(engine: Engine, batch_size: int, prompt_length: int, output_length: 
         "decode_step_ms": round(1e3 * stats.decode_seconds / (output_length - 1), 3),
         "first_token_ms": round(1e3 * stats.first_token_seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
-        "peak_device_gib": round(stats.memory_bytes / 2**30, 3),
+        "peak_device_gib_so_far": round(stats.memory_bytes / 2**30, 3),
     }
 
 

@@ -106,7 +106,7 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head of a model whose embeddings are tied; see `Head`."""
-        return _vocab_logits(self, self.vocab_size, Embedding._local_logits, hidden)
+        return _vocab_logits(self, Embedding._local_logits, hidden)
 
     def _local_logits(self, hidden: jax.Array) -> jax.Array:
         return linear(hidden, self.table[...])
@@ -122,20 +122,20 @@ class Head(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[B, ..., H]` -> `[B, ..., vocab]` float32, on every device of the tensor-parallel group; one all-gather."""
-        return _vocab_logits(self, self.vocab_size, Head._local_logits, hidden)
+        return _vocab_logits(self, Head._local_logits, hidden)
 
     def _local_logits(self, hidden: jax.Array) -> jax.Array:
         return linear(hidden, self.weight[...])
 
 
-def _vocab_logits(module: Embedding | Head, vocab_size: int, local_logits, hidden: jax.Array) -> jax.Array:
+def _vocab_logits(module: Embedding | Head, local_logits, hidden: jax.Array) -> jax.Array:
     def gathered(module, hidden):
         logits = local_logits(module, hidden)
         return jax.lax.all_gather(logits, TP_AXES, axis=logits.ndim - 1, tiled=True)
 
     spec = tokens_spec(hidden.ndim)
     logits = run_on_shards(module, gathered, hidden, mesh=module.mesh, in_specs=(spec,), out_specs=spec)
-    return logits[..., :vocab_size]
+    return logits[..., : module.vocab_size]
 
 
 class DenseMLP(GatedMLP):

@@ -131,7 +131,7 @@ def _run(
 
         def tile_of(step):
             """The step-th tile of this CTA: expert, column tile, first row, valid rows [low, high), which height's code."""
-            index = lax.clamp(i32(0), step * num_ctas + cta, total - 1)
+            index = lax.max(lax.min(step * num_ctas + cta, total - 1), i32(0))  # 0 too where there is no tile at all
             row = lax.div(index, i32(column_tiles))
             expert, first, count, start, end, height = (plan_gmem[name, row] for name in range(schedule.TOTAL))
             within = index - first * column_tiles

@@ -19,8 +19,7 @@ def config(hf: HFConfig) -> ModelConfig:
     # Published: `if top_k > 1 and norm_topk_prob: renormalise, else: multiply by routed_scaling_factor`.
     renormalise = hf.boolean("norm_topk_prob", False) and hf.size("num_experts_per_tok") > 1
     return ModelConfig(
-        vocab_size=hf.size("vocab_size"),
-        hidden_size=hidden_size,
+        **hf.common(),
         attention=MLAConfig(
             num_heads=hf.size("num_attention_heads"),
             kv_lora_rank=hf.size("kv_lora_rank"),
@@ -45,8 +44,4 @@ def config(hf: HFConfig) -> ModelConfig:
         moe_layers=tuple(i >= first_dense and i % every == 0 for i in range(num_layers)),
         dense_intermediate_size=hf.size("intermediate_size"),
         rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
-        tie_word_embeddings=hf.boolean("tie_word_embeddings", False),
-        max_position_embeddings=hf.size("max_position_embeddings"),
-        bos_token_id=hf.integer("bos_token_id", None),
-        eos_token_ids=hf.tokens("eos_token_id"),
     )

@@ -48,6 +48,17 @@ class HFConfig:
         if value != supported:
             raise ValueError(f"{self._where}: {key} is {value!r}; only {supported!r} is supported")
 
+    def common(self) -> dict[str, Any]:
+        """The fields of `ModelConfig` whose keys and meanings are every family's."""
+        return {
+            "vocab_size": self.size("vocab_size"),
+            "hidden_size": self.size("hidden_size"),
+            "tie_word_embeddings": self.boolean("tie_word_embeddings", False),
+            "max_position_embeddings": self.size("max_position_embeddings"),
+            "bos_token_id": self.integer("bos_token_id", None),
+            "eos_token_ids": self.tokens("eos_token_id"),
+        }
+
     def rope(self, *, interleaved: bool = False) -> RopeConfig:
         """Both `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both."""
         values = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}

@@ -11,8 +11,7 @@ def config(hf: HFConfig) -> ModelConfig:
     hf.must_be("attention_bias", False)
     hidden_size, num_heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     return ModelConfig(
-        vocab_size=hf.size("vocab_size"),
-        hidden_size=hidden_size,
+        **hf.common(),
         attention=GQAConfig(
             num_heads=num_heads,
             num_kv_heads=hf.size("num_key_value_heads", num_heads),
@@ -30,8 +29,4 @@ def config(hf: HFConfig) -> ModelConfig:
         ),
         moe_layers=(True,) * hf.size("num_hidden_layers"),
         rms_norm_eps=hf.number("rms_norm_eps"),
-        tie_word_embeddings=hf.boolean("tie_word_embeddings", False),
-        max_position_embeddings=hf.size("max_position_embeddings"),
-        bos_token_id=hf.integer("bos_token_id", None),
-        eos_token_ids=hf.tokens("eos_token_id"),
     )
