@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,8 @@ def _restore(
         _check_stored(path, {name: tuple(array.shape) for name, array in stored.items()}, shapes)
         arrays: dict[str, jax.Array] = {}
         with tqdm(total=len(targets), desc="loading", unit="array", disable=not progress) as bar:
-            for layer in _by_layer(targets):
+            for names in by_layer(targets):
+                layer = {name: targets[name] for name in names}
                 args = ocp.args.PyTreeRestore(
                     item=layer,
                     restore_args={
@@ -158,13 +159,14 @@ def _check_stored(path: Path, stored: dict[str, tuple[int, ...]], shapes: dict[s
         require(stored[name] == expected.shape, f"{where}: {name}'s shape", stored[name], f"{expected.shape}, {advice}")
 
 
-def _by_layer(targets: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Parameter names in groups to read or write together: a layer each, and each of the others by itself."""
+
     def layer(name: str) -> str:
         first, second, *_ = name.split(".")
         return second if first == "layers" else first
 
-    for _, names in itertools.groupby(sorted(targets, key=layer), key=layer):
-        yield {name: targets[name] for name in names}
+    return [list(group) for _, group in itertools.groupby(sorted(names, key=layer), key=layer)]
 
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:

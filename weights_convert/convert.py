@@ -5,7 +5,6 @@ layer's tensors are copied from the mapped files into our arrays, saved, and let
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from orbax.checkpoint.experimental.v1 import partial as ocp_partial
 from tqdm import tqdm
 
 from jax_epmoe.checkpoint import DTYPES as DTYPES
-from jax_epmoe.checkpoint import FORMAT_VERSION, parameter_shapes
+from jax_epmoe.checkpoint import FORMAT_VERSION, by_layer, parameter_shapes
 from jax_epmoe.models.families import family_of, read_config
 from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, pieces
 from weights_convert.safetensors_file import FLOATS, Tensor, read_checkpoint, read_json
@@ -285,7 +284,7 @@ def _write_arrays(folder: Path, arrays: Mapping[str, _Array], tensors: Mapping[s
         tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=disable) as bar,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        for layer in _by_layer(arrays):
+        for layer in by_layer(arrays):
             thread.submit(_save, folder, {name: _assemble(arrays[name], tensors, bar) for name in layer}).result()
         thread.submit(ocp_partial.finalize, folder).result()
 
@@ -297,14 +296,6 @@ def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     context.array.saving.use_compression = False
     with context:
         ocp_partial.save(folder, arrays)
-
-
-def _by_layer(names: Mapping[str, Any]) -> list[list[str]]:
-    def layer(name: str) -> str:
-        first, second, *_ = name.split(".")
-        return second if first == "layers" else first
-
-    return [list(group) for _, group in itertools.groupby(sorted(names, key=layer), key=layer)]
 
 
 def _assemble(array: _Array, tensors: Mapping[str, Tensor], bar: tqdm) -> np.ndarray:
