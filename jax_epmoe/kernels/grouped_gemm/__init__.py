@@ -7,9 +7,10 @@
         start += size
 
 `grouped_gemm` is the only public name. A backend is a module with `matmul`; one that cannot serve a call raises
-NotImplementedError, and the next is asked. The gradient of the weights is `reference.outer` whatever the backend.
+NotImplementedError, and the next is asked. The gradient of the weights is an `outer`: Hopper's has a file of its own.
 """
 
+from contextlib import suppress
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from jax_epmoe.config import require
 from jax_epmoe.kernels.activations import ACTIVATIONS, gate
-from jax_epmoe.kernels.grouped_gemm import hopper, reference
+from jax_epmoe.kernels.grouped_gemm import hopper, hopper_outer, reference
 
 # In order of preference.
 BACKENDS = {"hopper": hopper, "xla": reference}
@@ -93,6 +94,14 @@ def _matmul(backend: str | None, *args, **kwargs) -> jax.Array:
     raise refusal
 
 
+def _outer(backend: str | None, *args, **kwargs) -> jax.Array:
+    """`outer` of Hopper, unless another backend was named; `reference.outer` where that cannot serve the call either way."""
+    if backend in (None, "hopper"):
+        with suppress(NotImplementedError):
+            return hopper_outer.outer(*args, **kwargs)
+    return reference.outer(*args, **kwargs)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
     return _matmul(
@@ -126,7 +135,7 @@ def _backward(activation, out_dtype, backend, saved, d_out):
     d_rows = _matmul(backend, d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
     d_rows = jnp.where(in_a_group, d_rows, 0)
     d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
-    d_w = reference.outer(d_product, rows, group_sizes, out_dtype=w.dtype)
+    d_w = _outer(backend, d_product, rows, group_sizes, out_dtype=w.dtype)
     d_bias = None
     if bias is not None:
         ones = jnp.ones((rows.shape[0], 1), d_product.dtype)
