@@ -14,7 +14,7 @@ from jax_epmoe.kernels.grouped_gemm.tuning import Tiling, choose_tiling
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "on_hopper", lambda: True)
-    monkeypatch.setattr(hopper, "_num_sms", lambda: 3)  # the interpreter runs one after another
+    monkeypatch.setattr(hopper, "num_sms", lambda: 3)  # the interpreter runs one after another
     yield
     reset_gpu_interpret_mode_state()
 

@@ -13,7 +13,7 @@ from jax_epmoe.kernels.grouped_gemm import grouped_gemm, hopper, hopper_outer, r
 @pytest.fixture
 def pretend_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "on_hopper", lambda: True)
-    monkeypatch.setattr(hopper, "_num_sms", lambda: 3)  # the interpreter runs one after another
+    monkeypatch.setattr(hopper, "num_sms", lambda: 3)  # the interpreter runs one after another
     yield
     reset_gpu_interpret_mode_state()
 

@@ -53,7 +53,7 @@ def matmul(
         `transpose_w`: an n that 64 does not divide) or an n that 8 does not.
     """
     contraction, n = w.shape[-2:] if transpose_w else (w.shape[-1], w.shape[-2])
-    _refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
+    refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
     alignment = TRANSPOSED_ALIGNMENT if transpose_w else K_ALIGNMENT
     for refused, reason in (
         (bias is not None, "there is a bias"),
@@ -71,7 +71,7 @@ def matmul(
         x = jnp.pad(x, ((0, padding), (0, 0)))
     if tiling is None:
         tiling = choose_tiling(rows=rows, experts=w.shape[0], n=n, k=contraction, gated=activation is not None)
-    num_ctas = _num_sms()
+    num_ctas = num_sms()
     plan = schedule.make_schedule(
         group_sizes,
         rows=x.shape[0],
@@ -85,7 +85,8 @@ def matmul(
     return out[:rows] if padding else out
 
 
-def _refuse_unless_served(*dtypes: jnp.dtype) -> None:
+def refuse_unless_served(*dtypes: jnp.dtype) -> None:
+    """Raises NotImplementedError unless the device is a Hopper GPU and the dtypes are one 16-bit type."""
     if not on_hopper():
         raise NotImplementedError("grouped_gemm's hopper backend: the device is not a Hopper GPU")
     if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.bfloat16, jnp.float16):
@@ -98,7 +99,8 @@ def on_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def _num_sms() -> int:
+def num_sms() -> int:
+    """How many CTAs run at a time: one a streaming multiprocessor."""
     return getattr(jax.devices()[0], "core_count", None) or 132  # an H100's, where there is no GPU to ask
 
 
@@ -122,6 +124,7 @@ def _run(
     blocks = own_columns // 64
     slots = min(tiling.slots, blocks)
     stages = tiling.stages
+    max_height = tiling.heights[-1]
     i32 = jnp.int32
 
     def kernel(x_gmem, w_gmem, plan_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty):
@@ -197,82 +200,80 @@ def _run(
         def _consume():
             plgpu.set_max_registers(232, action="increase")
 
+            own = pl.ds(warpgroup * own_columns, own_columns)
+
             def multiply_tile(step, tile):
                 _, column_tile, first_row, low, high, code = tile
                 first_row = pl.multiple_of(first_row, ROW_ALIGNMENT)
-                size = lax.max(high - low, i32(0))
-                first_column = column_tile * tiling.columns + warpgroup * own_columns
 
-                def main_loop(height, *accumulators):
-                    def k_body(k_step, _):
-                        count = step * k_steps + k_step
-                        stage = lax.rem(count, i32(stages))
-                        plgpu.barrier_wait(full.at[stage])
-                        own = pl.ds(warpgroup * own_columns, own_columns)
-                        for part, accumulator in enumerate(accumulators):
-                            weights = w_smem.at[stage, part]
-                            weights = weights.at[:, own].T if transpose_w else weights.at[own]
-                            plgpu.wgmma(accumulator, weights, x_smem.at[stage, pl.ds(0, height)].T)
-                        plgpu.wgmma_wait(1 if tiling.lag else 0)
-                        if tiling.lag:
+                def main_loop(*accumulators):
+                    def multiply(height):
+                        @pl.loop(0, k_steps)
+                        def _(k_step):
+                            count = step * k_steps + k_step
+                            stage = lax.rem(count, i32(stages))
+                            plgpu.barrier_wait(full.at[stage])
+                            for part, accumulator in enumerate(accumulators):
+                                weights = w_smem.at[stage, part]
+                                weights = weights.at[:, own].T if transpose_w else weights.at[own]
+                                rows = x_smem.at[stage, pl.ds(0, height)]
+                                plgpu.wgmma(accumulator.at[:, pl.ds(0, height)], weights, rows.T)
+                            plgpu.wgmma_wait(1 if tiling.lag else 0)
+                            if tiling.lag:
 
-                            @pl.when(k_step > 0)
-                            def _():
-                                plgpu.barrier_arrive(empty.at[lax.rem(count + (stages - 1), i32(stages))])
-                        else:
-                            plgpu.barrier_arrive(empty.at[stage])
-                        return ()
+                                @pl.when(k_step > 0)
+                                def _():
+                                    plgpu.barrier_arrive(empty.at[lax.rem(count + (stages - 1), i32(stages))])
+                            else:
+                                plgpu.barrier_arrive(empty.at[stage])
 
-                    lax.fori_loop(0, k_steps, k_body, ())
+                    for_height(code, multiply)
                     if tiling.lag:
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[lax.rem(step * k_steps + (k_steps - 1), i32(stages))])
                     return tuple(accumulator[...] for accumulator in accumulators)
 
-                def run(height):
-                    shape = plgpu.ACC((own_columns, height), jnp.float32)
-                    results = pl.run_scoped(functools.partial(main_loop, height), *[shape] * parts)
-                    result = ACTIVATIONS[activation](results[0]) * results[1] if activation else results[0]
-                    result = result.astype(x.dtype)  # [own_columns, height]
-                    for block in range(blocks):
-                        slot = block % slots
-                        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                        # The accumulator's layout goes through the transposed view as it is: matrix stores.
-                        out_smem.at[warpgroup, slot, pl.ds(0, height)].T[...] = result[block * 64 : (block + 1) * 64, :]
-                        plgpu.commit_smem()
-                        store(slot, first_column + block * 64)
-                        plgpu.commit_smem_to_gmem_group()
+                accumulator = plgpu.ACC((own_columns, max_height), jnp.float32)
+                results = pl.run_scoped(main_loop, *[accumulator] * parts)
+                result = ACTIVATIONS[activation](results[0]) * results[1] if activation else results[0]
+                result = result.astype(x.dtype)  # [own_columns, max_height]; columns past the tile's height are zeros
+                first_column = column_tile * tiling.columns + warpgroup * own_columns
+                for block in range(blocks):
+                    slot = block % slots
+                    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                    # The accumulator's layout goes through the transposed view as it is: matrix stores.
+                    out_smem.at[warpgroup, slot].T[...] = result[block * 64 : (block + 1) * 64, :]
+                    plgpu.commit_smem()
+                    store(slot, first_row, low, lax.max(high - low, i32(0)), first_column + block * 64)
+                    plgpu.commit_smem_to_gmem_group()
 
-                def store(slot, column):
-                    """Rows [low, high) of a slot; others of the tile belong to the neighbouring groups."""
-                    full_height = tiling.heights[-1]
+            def store(slot, first_row, low, size, column):
+                """Rows [low, low + size) of a slot; others of the tile belong to the neighbouring groups."""
 
-                    @pl.when(size == full_height)
-                    def _():
-                        plgpu.copy_smem_to_gmem(
-                            out_smem.at[warpgroup, slot],
-                            out_gmem.at[pl.ds(first_row, full_height), pl.ds(column, 64)],
-                            commit_group=False,
-                        )
+                @pl.when(size == max_height)
+                def _():
+                    plgpu.copy_smem_to_gmem(
+                        out_smem.at[warpgroup, slot],
+                        out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, 64)],
+                        commit_group=False,
+                    )
 
-                    @pl.when(size != full_height)
-                    def _():
-                        offset = low
-                        piece = 1 << (full_height.bit_length() - 1)
-                        while piece:  # the size's binary digits: a copy's height must be static
+                @pl.when(size != max_height)
+                def _():
+                    offset = low
+                    piece = 1 << (max_height.bit_length() - 1)
+                    while piece:  # the size's binary digits: a copy's height must be static
 
-                            @pl.when((size & piece) != 0)
-                            def _(piece=piece, offset=offset):
-                                plgpu.copy_smem_to_gmem(
-                                    out_smem.at[warpgroup, slot, pl.ds(offset, piece)],
-                                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
-                                    commit_group=False,
-                                )
+                        @pl.when((size & piece) != 0)
+                        def _(piece=piece, offset=offset):
+                            plgpu.copy_smem_to_gmem(
+                                out_smem.at[warpgroup, slot, pl.ds(offset, piece)],
+                                out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
+                                commit_group=False,
+                            )
 
-                            offset = offset + (size & piece)
-                            piece //= 2
-
-                for_height(code, run)
+                        offset = offset + (size & piece)
+                        piece //= 2
 
             over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -282,9 +283,9 @@ def _run(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, n), x.dtype),
         scratch_types=[
-            plgpu.SMEM((stages, tiling.heights[-1], tiling.block_k), x.dtype, transforms=operand_transforms(k)),
+            plgpu.SMEM((stages, max_height, tiling.block_k), x.dtype, transforms=operand_transforms(k)),
             plgpu.SMEM((stages, parts, *w_tile), w.dtype, transforms=operand_transforms(w.shape[-1])),
-            plgpu.SMEM((_CONSUMERS, slots, tiling.heights[-1], 64), x.dtype, transforms=OUTPUT_TRANSFORMS),
+            plgpu.SMEM((_CONSUMERS, slots, max_height, 64), x.dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
         ],

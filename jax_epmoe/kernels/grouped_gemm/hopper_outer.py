@@ -36,14 +36,14 @@ def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtyp
     Raises:
       NotImplementedError: another device than Hopper, another dtype, an empty operand, or an n or k that 64 does not divide.
     """
-    hopper._refuse_unless_served(left.dtype, right.dtype, jnp.dtype(out_dtype))
+    hopper.refuse_unless_served(left.dtype, right.dtype, jnp.dtype(out_dtype))
     if left.size == 0 or right.size == 0 or group_sizes.size == 0:
         raise NotImplementedError("grouped_gemm's hopper backend: an operand is empty")
     if left.shape[1] % TRANSPOSED_ALIGNMENT or right.shape[1] % TRANSPOSED_ALIGNMENT:
         raise NotImplementedError(f"grouped_gemm's hopper backend: {TRANSPOSED_ALIGNMENT} does not divide n or k")
     if padding := -left.shape[0] % ROW_ALIGNMENT:
         left, right = (jnp.pad(operand, ((0, padding), (0, 0))) for operand in (left, right))
-    return _run(left, right, group_sizes, num_ctas=hopper._num_sms())
+    return _run(left, right, group_sizes, num_ctas=hopper.num_sms())
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
