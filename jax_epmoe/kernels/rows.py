@@ -17,5 +17,7 @@ def combine(y: jax.Array, pair_row: jax.Array, weights: jax.Array) -> jax.Array:
     Returns:
       `[T, H]` float32.
     """
-    rows = y.at[pair_row].get(mode="fill", fill_value=0).astype(jnp.float32)  # [T, k, H]
-    return jnp.einsum("tk,tkh->th", weights, rows, precision=jax.lax.Precision.HIGHEST)
+    total = jnp.zeros((pair_row.shape[0], y.shape[1]), jnp.float32)
+    for rows, weight in zip(pair_row.T, weights.T, strict=True):  # one fused loop; never [T, k, H]
+        total += weight[:, None] * y.at[rows].get(mode="fill", fill_value=0)
+    return total

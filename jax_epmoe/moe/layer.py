@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import MoEConfig, require
-from jax_epmoe.kernels.grouped_gemm import grouped_gemm
-from jax_epmoe.kernels.rows import combine
 from jax_epmoe.mesh import DATA, EXPERT, TENSOR, axes_size
+from jax_epmoe.moe.experts import default_chunk_rows, run_experts
 from jax_epmoe.moe.gated_mlp import GatedMLP
-from jax_epmoe.moe.plan import make_plan
+from jax_epmoe.moe.plan import ROW_ALIGNMENT, make_plan
 from jax_epmoe.moe.router import route
 from jax_epmoe.parameters import parameter, run_on_shards
 
@@ -56,6 +55,7 @@ class EPMoE(nnx.Module):
         expert_axis: str | None = EXPERT,
         tensor_axis: str | None = TENSOR,
         backend: str | None = None,
+        chunk_rows: int | None = None,
     ):
         """
         Args:
@@ -67,6 +67,8 @@ class EPMoE(nnx.Module):
           expert_axis: over which experts are dealt, or None.
           tensor_axis: over which each expert is split, or None.
           backend: of `grouped_gemm`; None picks the fastest.
+          chunk_rows: how many rows, copies of tokens in expert order, a device processes at a time: a multiple of 8, which bounds
+            its activations. None: half as many again as balanced routing gives it, within 2 GiB.
 
         Raises:
           ValueError: an axis that the mesh lacks or that is named twice, or a number of experts that the mesh does not divide.
@@ -78,8 +80,15 @@ class EPMoE(nnx.Module):
             require((*data, *reduced).count(axis) == 1, "axis name", axis, "named once: each axis splits one thing")
         ep_size = axes_size(mesh, expert_axis)
         require(config.num_experts % ep_size == 0, "ep_size", ep_size, f"a divisor of the {config.num_experts} experts")
+        require(
+            chunk_rows is None or (chunk_rows > 0 and chunk_rows % ROW_ALIGNMENT == 0),
+            "chunk_rows",
+            chunk_rows,
+            f"None or a positive multiple of {ROW_ALIGNMENT}",
+        )
         self.config = config
         self.mesh = mesh
+        self.chunk_rows = chunk_rows
         # Kernels are chosen for the default device; a mesh of CPU devices beside a GPU needs the definition.
         self.backend = "xla" if backend is None and mesh.devices.flat[0].platform == "cpu" else backend
         self.data_axes = data
@@ -154,19 +163,16 @@ class EPMoE(nnx.Module):
             ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, local_experts)
-        with jax.named_scope("gate_up"):
-            hidden = grouped_gemm(
-                tokens,
-                self.w_gate_up[...],
-                plan.group_sizes,
-                row_index=plan.row_token,
-                activation=config.activation,
-                backend=self.backend,
-            )  # [R, I / tensor]
-        with jax.named_scope("down"):
-            y = grouped_gemm(hidden, self.w_down[...], plan.group_sizes, backend=self.backend)  # [R, H]
-        with jax.named_scope("combine"):
-            partial = combine(y, plan.pair_row, weights)  # [T, H]
+        partial = run_experts(
+            tokens,
+            self.w_gate_up[...],
+            self.w_down[...],
+            weights,
+            plan,
+            config.activation,
+            self.backend,
+            self._chunk_rows(ids.size),
+        )  # [T, H] float32
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 partial += self.shared.partial_sum(tokens)
@@ -174,3 +180,11 @@ class EPMoE(nnx.Module):
         if axes_size(self.mesh, self.reduce_axes) > 1:
             out = jax.lax.psum(out, self.reduce_axes)
         return out.reshape(x.shape), plan.group_sizes
+
+    def _chunk_rows(self, pairs: int) -> int:
+        if self.chunk_rows is not None:
+            return self.chunk_rows
+        _, hidden, inner = self.w_down.shape
+        return default_chunk_rows(
+            pairs, axes_size(self.mesh, self.expert_axis), hidden, inner, self.w_down.dtype.itemsize
+        )

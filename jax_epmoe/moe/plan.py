@@ -3,7 +3,7 @@
 Example, 3 tokens with 2 choices each, on a rank that holds experts 2 and 3:
 
     ids        [[3, 0], [2, 3], [1, 2]]
-    row_token  [1, 2, 0, 1, ...]         expert 2: tokens 1, 2; expert 3: tokens 0, 1; then the pairs of other ranks
+    row_pair   [2, 5, 0, 3, ...]         expert 2: tokens 1, 2; expert 3: tokens 0, 1; then the pairs of other ranks
     group_sizes [2, 2]
     pair_row   [[2, -], [0, 3], [-, 1]]  "-" (no row here) is `rows`, one past the last
 """
@@ -17,7 +17,7 @@ ROW_ALIGNMENT = 8  # kernels take rows eight at a time
 
 
 class Plan(NamedTuple):
-    row_token: jax.Array  # [R] int32: which token each row is a copy of; R = T * k, rounded up to a multiple of 8
+    row_pair: jax.Array  # [R] int32: the pair of each row, t * k + j; R = T * k, rounded up to a multiple of 8
     group_sizes: jax.Array  # [E_local] int32: rows of each local expert
     pair_row: jax.Array  # [T, k] int32: the row of each pair, or R where its expert lives elsewhere
 
@@ -40,5 +40,5 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     group_sizes = jnp.zeros(num_local_experts, jnp.int32).at[key].add(1, mode="drop")
     row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
-    row_token = jnp.pad((order // top_k).astype(jnp.int32), (0, rows - pairs))
-    return Plan(row_token, group_sizes, pair_row)
+    row_pair = jnp.pad(order.astype(jnp.int32), (0, rows - pairs))
+    return Plan(row_pair, group_sizes, pair_row)

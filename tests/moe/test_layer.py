@@ -213,6 +213,16 @@ def test_no_token_is_dropped_when_one_rank_gets_every_row(sizes):
     assert load.tolist() == [0, 0, 0, 24, 24, 24, 0, 0]
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 8, 1), (8, 4, 1), (4, 2, 2)], ids=str)
+def test_rows_in_chunks_give_the_same(sizes):
+    """Chunks of 8: three devices have several, the others none; each device loops as often as it must."""
+    parameters, x = make_parameters(CONFIG), make_x()
+    x[..., 0] = 1.0
+    parameters["router"]["weight"][3:6, 0] += [20.0, 21.0, 22.0]
+    mask = np.ones(SHAPE[:-1], bool)
+    check_against_dense(CONFIG, parameters, x, mask, make_mesh(*sizes), chunk_rows=8)
+
+
 def test_without_a_mask_every_token_counts():
     state = layer_with(make_parameters(CONFIG), CONFIG, make_mesh(4, 2, 2))
     unmasked, all_true = run_layer(*state, make_x(), None), run_layer(*state, make_x(), np.ones(SHAPE[:-1], bool))
@@ -397,6 +407,8 @@ def test_the_router_is_float32_and_the_experts_are_bfloat16_unless_asked():
         ("axis name", {}, (4, 2, 1), {"tensor_axis": "expert"}),
         ("axis name", {}, (4, 2, 1), {"data_axes": ("data", "expert")}),
         ("ep_size", {"num_experts": 12}, (8, 8, 1), {}),
+        ("chunk_rows", {}, (1, 1, 1), {"chunk_rows": 0}),
+        ("chunk_rows", {}, (1, 1, 1), {"chunk_rows": 100}),
     ],
 )
 def test_a_bad_layer_is_refused_in_one_line(name, config, sizes, kwargs):

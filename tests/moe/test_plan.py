@@ -16,7 +16,7 @@ run = jax.jit(make_plan, static_argnames="num_local_experts")
 
 def test_the_example_of_the_docstring():
     plan = make_plan(jnp.array([[3, 0], [2, 3], [1, 2]]), first_expert=2, num_local_experts=2)
-    np.testing.assert_array_equal(plan.row_token[:4], [1, 2, 0, 1])
+    np.testing.assert_array_equal(plan.row_pair[:4], [2, 5, 0, 3])
     np.testing.assert_array_equal(plan.group_sizes, [2, 2])
     np.testing.assert_array_equal(plan.pair_row, [[2, 8], [0, 3], [8, 1]])  # 8 rows: 6, rounded up
 
@@ -24,7 +24,7 @@ def test_the_example_of_the_docstring():
 def test_rows_are_padded_for_the_kernels_and_integers_are_int32():
     plan = make_plan(jnp.zeros((T, K), jnp.int32), 0, E)
     assert {name: array.dtype for name, array in plan._asdict().items()} == dict.fromkeys(plan._fields, jnp.int32)
-    assert (plan.row_token.shape, plan.group_sizes.shape, plan.pair_row.shape) == ((R,), (E,), (T, K))
+    assert (plan.row_pair.shape, plan.group_sizes.shape, plan.pair_row.shape) == ((R,), (E,), (T, K))
     assert R % ROW_ALIGNMENT == 0
 
 
@@ -47,14 +47,14 @@ def test_every_local_pair_has_one_row_in_stable_expert_order(ids, num_local, dat
     # Sorting (expert, pair) tuples is what "stable, in expert order" means.
     pairs = sorted((expert, pair) for pair, expert in enumerate(ids) if first <= expert < first + num_local)
     total = len(pairs)
-    np.testing.assert_array_equal(plan.row_token[:total], [pair // K for _, pair in pairs])
+    np.testing.assert_array_equal(plan.row_pair[:total], [pair for _, pair in pairs])
     expected_sizes = [sum(expert == e for expert in ids) for e in range(first, first + num_local)]
     np.testing.assert_array_equal(plan.group_sizes, expected_sizes)
 
     expected_rows = np.full(T * K, R)
     expected_rows[[pair for _, pair in pairs]] = np.arange(total)
     np.testing.assert_array_equal(plan.pair_row.ravel(), expected_rows)
-    assert ((plan.row_token >= 0) & (plan.row_token < T)).all(), plan.row_token
+    assert ((plan.row_pair >= 0) & (plan.row_pair < T * K)).all(), plan.row_pair
 
 
 @hypothesis.settings(max_examples=50, deadline=None)

@@ -1,0 +1,137 @@
+"""A device's own experts on its rows: gate and up, down, and back to the tokens; in chunks, so that memory has a bound.
+
+How many of the `T * k` pairs fall to a device is known only when the program runs: none, or all. Rows are therefore processed
+`chunk_rows` at a time, as many chunks as there are rows. Only a chunk's activations are alive at once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_epmoe.kernels.grouped_gemm import grouped_gemm
+from jax_epmoe.kernels.rows import combine
+from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
+
+# A chunk's activations by default: what half as many rows again as under balanced routing take, within these bytes.
+_SPARE = 1.5
+_MIN_BYTES, _MAX_BYTES = 2**26, 2**31
+
+
+def default_chunk_rows(rows: int, ep_size: int, hidden_size: int, intermediate_size: int, itemsize: int) -> int:
+    """Rows of a chunk for `rows = T * k` pairs dealt over `ep_size` devices, each holding `intermediate_size` of an expert."""
+    row_bytes = itemsize * (2 * hidden_size + intermediate_size)
+    wanted = rows if ep_size == 1 else int(rows / ep_size * _SPARE)
+    chunk_rows = min(max(wanted, _MIN_BYTES // row_bytes), _MAX_BYTES // row_bytes)
+    return -(-chunk_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def run_experts(
+    tokens: jax.Array,
+    w_gate_up: jax.Array,
+    w_down: jax.Array,
+    weights: jax.Array,
+    plan: Plan,
+    activation: str,
+    backend: str | None,
+    chunk_rows: int,
+) -> jax.Array:
+    """Each token's weighted sum over its experts on this device; zeros where it has none. Differentiable by recomputation.
+
+    Args:
+      tokens: `[T, H]`.
+      w_gate_up: `[E, 2, I, H]`, gate first.
+      w_down: `[E, H, I]`.
+      weights: `[T, k]` float32.
+      plan: of the device's rows.
+      activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
+      backend: of `grouped_gemm`.
+      chunk_rows: how many rows are processed at a time, a multiple of 8.
+
+    Returns:
+      `[T, H]` float32.
+    """
+
+    def add_chunk(chunk: "_Chunk", out: jax.Array) -> jax.Array:
+        with jax.named_scope("gate_up"):
+            hidden = grouped_gemm(
+                tokens, w_gate_up, chunk.group_sizes, row_index=chunk.row_token, activation=activation, backend=backend
+            )  # [chunk_rows, I]
+        with jax.named_scope("down"):
+            y = grouped_gemm(hidden, w_down, chunk.group_sizes, backend=backend)  # [chunk_rows, H]
+        with jax.named_scope("combine"):
+            return out + combine(y, chunk.pair_row, weights)
+
+    return _over_chunks(plan, chunk_rows, add_chunk, jnp.zeros(tokens.shape, jnp.float32))
+
+
+def _forward(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows):
+    out = run_experts(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows)
+    return out, (tokens, w_gate_up, w_down, weights, plan)
+
+
+def _backward(activation, backend, chunk_rows, saved, d_out):
+    tokens, w_gate_up, w_down, weights, plan = saved
+
+    def add_chunk(chunk: _Chunk, sums):
+        d_tokens, d_w_gate_up, d_w_down, d_weights = sums
+        row_weight = weights.reshape(-1)[chunk.row_pair][:, None]
+        rows = tokens[chunk.row_token]
+        hidden, pull_gate_up = jax.vjp(
+            lambda x, w: grouped_gemm(x, w, chunk.group_sizes, activation=activation, backend=backend),
+            rows,
+            w_gate_up,
+        )
+        # A row's weight may as well scale what goes into the second product: its gradient then needs no y.
+        scaled = (row_weight * hidden).astype(tokens.dtype)
+        _, pull_down = jax.vjp(lambda x, w: grouped_gemm(x, w, chunk.group_sizes, backend=backend), scaled, w_down)
+        d_scaled, d_w_down_part = pull_down(d_out[chunk.row_token].astype(tokens.dtype))
+        d_row_weight = jnp.sum(d_scaled.astype(jnp.float32) * hidden, axis=1)
+        d_rows, d_w_gate_up_part = pull_gate_up((row_weight * d_scaled).astype(tokens.dtype))
+        return (
+            d_tokens + combine(d_rows, chunk.pair_row, jnp.ones_like(weights)),
+            d_w_gate_up + d_w_gate_up_part,
+            d_w_down + d_w_down_part,
+            d_weights + d_row_weight.at[chunk.pair_row].get(mode="fill", fill_value=0),
+        )
+
+    inputs = (tokens, w_gate_up, w_down, weights)
+    zeros = tuple(jnp.zeros(value.shape, jnp.float32) for value in inputs)
+    sums = _over_chunks(plan, chunk_rows, add_chunk, zeros)
+    return *(total.astype(value.dtype) for total, value in zip(sums, inputs, strict=True)), None
+
+
+run_experts.defvjp(_forward, _backward)
+
+
+class _Chunk(NamedTuple):
+    """`Plan`, for `chunk_rows` consecutive rows of it."""
+
+    row_pair: jax.Array  # [chunk_rows] int32
+    row_token: jax.Array  # [chunk_rows] int32
+    group_sizes: jax.Array  # [E_local] int32
+    pair_row: jax.Array  # [T, k] int32; chunk_rows where the pair has no row in this chunk
+
+
+def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[["_Chunk", Carry], Carry], carry: Carry) -> Carry:
+    """`carry = step(chunk, carry)` for all chunks that hold rows; without a loop where one chunk holds any load."""
+    rows, top_k = plan.row_pair.shape[0], plan.pair_row.shape[1]
+    if rows <= chunk_rows:
+        whole = _Chunk(plan.row_pair, plan.row_pair // top_k, plan.group_sizes, plan.pair_row)
+        return step(whole, carry) if rows else carry
+    row_pair = jnp.pad(plan.row_pair, (0, -rows % chunk_rows))
+    ends = jnp.cumsum(plan.group_sizes)
+    starts = ends - plan.group_sizes
+
+    def body(index, carry):
+        first = index * chunk_rows
+        own_pairs = jax.lax.dynamic_slice_in_dim(row_pair, first, chunk_rows)
+        sizes = jnp.clip(ends, first, first + chunk_rows) - jnp.clip(starts, first, first + chunk_rows)
+        inside = (plan.pair_row >= first) & (plan.pair_row < first + chunk_rows)
+        pair_row = jnp.where(inside, plan.pair_row - first, chunk_rows)
+        return step(_Chunk(own_pairs, own_pairs // top_k, sizes, pair_row), carry)
+
+    return jax.lax.fori_loop(0, (ends[-1] + chunk_rows - 1) // chunk_rows, body, carry)

@@ -1,0 +1,107 @@
+"""`run_experts`: the same result whatever the size of the chunks, in memory that follows it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_epmoe.moe.experts import default_chunk_rows, run_experts
+from jax_epmoe.moe.plan import make_plan
+
+T, K, E, H, I = 21, 3, 6, 16, 12  # noqa: E741  64 rows: 63 pairs, rounded up to a multiple of 8
+LOADS = {
+    "spread over all devices": lambda rng: np.argsort(rng.random((T, 4 * E)))[:, :K],
+    "all here": lambda rng: np.argsort(rng.random((T, E)))[:, :K] + E,
+    "one expert here has every row": lambda rng: np.full((T, K), E + 2),
+    "none here": lambda rng: np.full((T, K), 0),
+}
+
+
+def make_inputs(load: str, seed: int = 0):
+    """Tokens, weights of experts and pairs, and ids; the device holds experts E to 2E - 1 of 4E."""
+    rng = np.random.default_rng(seed)
+    shapes = ((T, H), (E, 2, I, H), (E, H, I), (T, K))
+    floats = [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-1]), jnp.float32) for shape in shapes]
+    return floats, jnp.asarray(LOADS[load](rng), jnp.int32)
+
+
+def dense(tokens, w_gate_up, w_down, weights, ids):
+    """All experts for all tokens, those that were not chosen weighing 0."""
+    gate, up = (jnp.einsum("th,eih->tei", tokens, w_gate_up[:, part], precision="highest") for part in (0, 1))
+    y = jnp.einsum("tei,ehi->teh", jax.nn.silu(gate) * up, w_down, precision="highest")
+    chosen = (ids[:, :, None] == jnp.arange(E, 2 * E)) * weights[:, :, None]
+    return jnp.einsum("tke,teh->th", chosen, y, precision="highest")
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def out_and_gradients(function, floats, ids, chunk_rows=None):
+    if chunk_rows is None:
+        run = partial(function, ids=ids)
+    else:
+        plan = make_plan(ids, E, E)
+        run = lambda *floats: function(*floats, plan, "silu", None, chunk_rows)  # noqa: E731
+    out, pull = jax.vjp(run, *floats)
+    return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 24, 8], ids=["one chunk", "three chunks", "eight chunks"])
+@pytest.mark.parametrize("load", LOADS)
+def test_outputs_and_gradients_equal_the_dense_definition(load, chunk_rows):
+    floats, ids = make_inputs(load)
+    out, gradients = out_and_gradients(run_experts, floats, ids, chunk_rows)
+    expected_out, expected_gradients = out_and_gradients(dense, floats, ids)
+    np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=2e-6)
+    for name, got, expected in zip(
+        ("tokens", "w_gate_up", "w_down", "weights"), gradients, expected_gradients, strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=5e-6, err_msg=name)
+
+
+def test_no_tokens_give_no_output():
+    floats, _ = make_inputs("all here")
+    tokens, w_gate_up, w_down, weights = floats
+    plan = make_plan(jnp.zeros((0, K), jnp.int32), E, E)
+    assert run_experts(tokens[:0], w_gate_up, w_down, weights[:0], plan, "silu", None, 8).shape == (0, H)
+
+
+def temporaries(
+    tokens: int, top_k: int, chunk_rows: int, *, gradient: bool, hidden: int = 256, inner: int = 128
+) -> int:
+    """Bytes, by the compiled program's own account, in float32."""
+    shapes = ((tokens, hidden), (E, 2, inner, hidden), (E, hidden, inner), (tokens, top_k))
+    floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def run(ids, *floats):
+        plan = make_plan(ids, 0, E)
+        return run_experts(*floats, plan, "silu", "xla", chunk_rows)
+
+    def pull(ids, d_out, *floats):
+        return jax.vjp(partial(run, ids), *floats)[1](d_out)
+
+    ids = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
+    compiled = (
+        jax.jit(pull).lower(ids, floats[0], *floats) if gradient else jax.jit(run).lower(ids, *floats)
+    ).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("chunk_rows", [16384, 4096, 1024])
+def test_memory_stays_within_the_formulas_of_the_docs(chunk_rows):
+    tokens, top_k, hidden, inner = 2048, 8, 256, 128
+    pairs = 4 * 4 * tokens * top_k + 2**16
+    forward = 4 * chunk_rows * (2 * hidden + inner) + 4 * tokens * hidden + pairs
+    assert temporaries(tokens, top_k, chunk_rows, gradient=False) <= forward
+    weights = 4 * 3 * E * inner * hidden
+    backward = 4 * chunk_rows * (4 * hidden + 6 * inner) + 4 * 2 * tokens * hidden + weights + pairs
+    assert temporaries(tokens, top_k, chunk_rows, gradient=True) <= backward
+
+
+def test_the_default_holds_any_load_where_that_is_small_and_is_bounded_where_it_is_not():
+    of = partial(default_chunk_rows, hidden_size=5120, intermediate_size=1536, itemsize=2)
+    assert of(512, 8) >= 512  # decoding: no loop
+    assert of(32768 * 6, 8) == 32768 * 6 // 8 * 3 // 2
+    assert of(32768 * 6, 1) * 2 * (2 * 5120 + 1536) <= 2**31 + 8 * 2 * (2 * 5120 + 1536)
+    assert of(4096, 1) == 4096
+    assert all(of(rows, ep) % 8 == 0 for rows in (8, 1000, 99999) for ep in (1, 2, 8))
