@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--tp-size", type=int, default=1)
     parser.add_argument("--ep-size", type=int, default=1)
     parser.add_argument("--dp-size", type=int, default=1)
+    parser.add_argument("--enable-dp-attention", action="store_true", help="as epmoe-generate's; leave --dp-size out")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32] if on_gpu else [1, 8])
     parser.add_argument("--prompt-length", type=int, default=512 if on_gpu else 64)
@@ -43,7 +44,7 @@ def main() -> None:
         args.output = RESULTS / f"generate_{args.model.resolve().name}_{device}.json"
 
     mesh = ep.make_mesh(args.tp_size, args.ep_size, args.dp_size)
-    decoder = ep.dummy_model(args.model, mesh=mesh, dtype=args.dtype)
+    decoder = ep.dummy_model(args.model, mesh=mesh, dtype=args.dtype, dp_attention=args.enable_dp_attention)
     rows = []
     for batch_size in tqdm(sorted(args.batch_size), desc="batches"):
         engine = Engine(decoder, max_batch_size=batch_size)
@@ -53,6 +54,7 @@ def main() -> None:
         "model": args.model.name,
         "dtype": args.dtype,
         "mesh": {"tp_size": args.tp_size, "ep_size": args.ep_size, "dp_size": args.dp_size},
+        "dp_attention": args.enable_dp_attention,
         "prompt_length": args.prompt_length,
         "output_length": args.output_length,
         "rows": rows,

@@ -39,6 +39,7 @@ def load_model(
     mesh: Mesh,
     dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
+    dp_attention: bool = False,
     progress: bool = False,
 ) -> Decoder:
     """A decoder with the weights of a checkpoint that `weights_convert` wrote.
@@ -50,6 +51,7 @@ def load_model(
       mesh: from `make_mesh`.
       dtype: of weights, activations and cache: bfloat16, float16 or float32; None for the checkpoint's own.
       backend: of `grouped_gemm`; None picks the fastest.
+      dp_attention: see `Decoder`.
       progress: show a progress bar on stderr.
 
     Raises:
@@ -58,7 +60,7 @@ def load_model(
     path = Path(path)
     stored_dtype = _read_header(path)["dtype"]
     config = read_config(path)
-    graphdef, state = _abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend)
+    graphdef, state = _abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend, dp_attention)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
     arrays = _restore(path, parameter_shapes(config), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
@@ -70,6 +72,7 @@ def dummy_model(
     mesh: Mesh,
     dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
+    dp_attention: bool = False,
     seed: int = 0,
 ) -> Decoder:
     """A decoder of the size that a folder's `config.json` tells, with random weights: for measuring without a checkpoint.
@@ -77,21 +80,29 @@ def dummy_model(
     Args and errors are `load_model`'s; `dtype` is bfloat16 unless given, and `seed` makes the weights.
     """
     dtype = _checked_dtype(dtype or jnp.bfloat16)
-    return Decoder(read_config(path), mesh=mesh, dtype=dtype, rngs=nnx.Rngs(seed), backend=backend)
+    return Decoder(
+        read_config(path), mesh=mesh, dtype=dtype, rngs=nnx.Rngs(seed), backend=backend, dp_attention=dp_attention
+    )
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The name and unpadded shape of each array of a model's checkpoint; float32 where that is kept, else bfloat16."""
-    _, state = _abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16), None)
+    _, state = _abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16))
     return {
         _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
         for keys, variable in nnx.to_flat_state(state)
     }
 
 
-def _abstract_model(config: ModelConfig, mesh: Mesh, dtype: Any, backend: str | None) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract_model(
+    config: ModelConfig, mesh: Mesh, dtype: Any, backend: str | None = None, dp_attention: bool = False
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without its weights: shapes, dtypes and shardings, no memory."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0), backend=backend)))
+
+    def make() -> Decoder:
+        return Decoder(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0), backend=backend, dp_attention=dp_attention)
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def _name(keys: tuple[Any, ...]) -> str:

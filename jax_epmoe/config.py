@@ -98,14 +98,18 @@ class RopeConfig:
 @dataclass(frozen=True)
 class GQAConfig:
     """Grouped-query attention. `qk_norm` normalises queries and keys: "full" over all heads together (OLMoE), "head"
-    each head by itself (Qwen3). `clip_qkv` clamps q, k and v. `sliding_window`: how many last positions are seen."""
+    each head by itself (Qwen3). `qkv_bias` adds a learnt vector to q, k and v (Qwen2). `clip_qkv` clamps q, k and v.
+    `sliding_window`: how many last positions are seen. `rotary_dim`: how many of a head's first dimensions are rotated
+    (GLM-4.5: half); None: all."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qk_norm: Literal["full", "head"] | None = None
+    qkv_bias: bool = False
     clip_qkv: float | None = None
     sliding_window: int | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self):
         _require_positive(self, "num_heads", "num_kv_heads", "head_dim")
@@ -113,6 +117,15 @@ class GQAConfig:
             self.num_heads % self.num_kv_heads == 0,
             "num_key_value_heads", self.num_kv_heads, f"a divisor of the {self.num_heads} query heads",
         )  # fmt: skip
+        require(
+            self.rotary_dim is None or (self.rotary_dim in range(2, self.head_dim + 1) and self.rotary_dim % 2 == 0),
+            "rotary_dim", self.rotary_dim, f"an even number, at least 2 and at most head_dim ({self.head_dim})",
+        )  # fmt: skip
+
+    @property
+    def rope_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.rotary_dim or self.head_dim
 
 
 @dataclass(frozen=True)
@@ -133,10 +146,19 @@ class MLAConfig:
     def __post_init__(self):
         _require_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
+    @property
+    def rope_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.qk_rope_head_dim
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: `moe_layers[i]` says whether layer i holds experts or a dense MLP of `dense_intermediate_size`."""
+    """A decoder: `moe_layers[i]` says whether layer i holds experts or a dense MLP of `dense_intermediate_size`.
+
+    `num_mtp_layers`: layers past the last, for predicting further tokens, that checkpoints hold and this decoder leaves out.
+    With `shared_expert_gate`, a token's shared experts are multiplied by the sigmoid of a learnt product with it (Qwen2-MoE).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -145,6 +167,8 @@ class ModelConfig:
     moe: MoEConfig
     moe_layers: tuple[bool, ...]
     dense_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    num_mtp_layers: int = 0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 4096
@@ -160,6 +184,11 @@ class ModelConfig:
         require(
             all(self.moe_layers) or self.dense_intermediate_size > 0,
             "intermediate_size", self.dense_intermediate_size, "positive: the model has dense layers",
+        )  # fmt: skip
+
+        require(
+            self.moe.shared_intermediate_size > 0 or not self.shared_expert_gate,
+            "shared_expert_gate", self.shared_expert_gate, "False: the model has no shared experts",
         )  # fmt: skip
 
     @property

@@ -18,6 +18,7 @@ DATA = "data"
 EXPERT = "expert"
 TENSOR = "tensor"
 TP_AXES = (EXPERT, TENSOR)
+ALL_AXES = (DATA, *TP_AXES)
 
 # A launcher's variable that says how many processes it started. `jax.distributed.initialize` finds the rest itself.
 # (Slurm's SLURM_NTASKS is also set in a batch script's own shell, where no peers run.)

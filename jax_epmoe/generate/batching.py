@@ -2,7 +2,7 @@
 
 Shapes come from short lists, so that few programs are compiled:
 
-- rows of a batch: `dp_size` times a power of two, at most `max_batch_size`;
+- rows of a batch: the model's `batch_multiple` times a power of two, at most `max_batch_size`;
 - tokens of a prefill call: a power of two from 16 to `prefill_chunk`;
 - positions of the cache: a power of two from 128 to the context length.
 """
@@ -149,16 +149,16 @@ def make_requests(
 
 
 def plan_batches(
-    requests: Sequence[Request], *, max_batch_size: int, dp_size: int, prefill_chunk: int, context_length: int
+    requests: Sequence[Request], *, max_batch_size: int, replicas: int, prefill_chunk: int, context_length: int
 ) -> list[Batch]:
     """Deals requests into batches of similar lengths, the longest first: what does not fit the memory fails at once."""
-    most_rows = -(-max_batch_size // dp_size) * dp_size
+    most_rows = -(-max_batch_size // replicas) * replicas
     ordered = sorted(requests, key=lambda r: (len(r.prompt), r.limit), reverse=True)
     return [
         _make_batch(
             ordered[i : i + most_rows],
             most_rows=most_rows,
-            dp_size=dp_size,
+            replicas=replicas,
             prefill_chunk=prefill_chunk,
             context_length=context_length,
         )
@@ -167,9 +167,9 @@ def plan_batches(
 
 
 def _make_batch(
-    requests: Sequence[Request], *, most_rows: int, dp_size: int, prefill_chunk: int, context_length: int
+    requests: Sequence[Request], *, most_rows: int, replicas: int, prefill_chunk: int, context_length: int
 ) -> Batch:
-    rows_per_replica = bucket(-(-len(requests) // dp_size), 1, most_rows // dp_size)
+    rows_per_replica = bucket(-(-len(requests) // replicas), 1, most_rows // replicas)
     longest = max(len(r.prompt) for r in requests)
     starts = range(0, longest, prefill_chunk)
     # The last new token is returned, not fed back, so it takes no position.
@@ -177,8 +177,8 @@ def _make_batch(
     return Batch(
         requests=tuple(requests),
         # Dealt round the replicas, so that padding rows do not all lie on the last one.
-        rows=tuple(i % dp_size * rows_per_replica + i // dp_size for i in range(len(requests))),
-        size=dp_size * rows_per_replica,
+        rows=tuple(i % replicas * rows_per_replica + i // replicas for i in range(len(requests))),
+        size=replicas * rows_per_replica,
         chunks=tuple(Chunk(s, bucket(min(longest - s, prefill_chunk), MIN_CHUNK, prefill_chunk)) for s in starts),
         cache_length=bucket(positions, MIN_CACHE, context_length),
         num_stop_ids=bucket(max(len(r.stop_ids) for r in requests), MIN_STOP_IDS, 2**31),

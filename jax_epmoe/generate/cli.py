@@ -62,6 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--ep-size", type=int, default=1, metavar="N", help="parts the experts are dealt into (default 1)"
     )
     group.add_argument("--dp-size", type=int, default=1, metavar="N", help="replicas (default 1)")
+    group.add_argument(
+        "--enable-dp-attention",
+        action="store_true",
+        help="deal sequences, not heads, over the tp-size devices in attention; --dp-size is then tp-size or left out",
+    )
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0, to run over several processes")
     group.add_argument("--num-processes", type=int, metavar="N")
     group.add_argument("--process-id", type=int, metavar="I")
@@ -155,6 +160,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _generate(args: argparse.Namespace) -> None:
     """From arguments to output. What can be refused is refused before devices are touched or weights read."""
+    from jax_epmoe.config import require
     from jax_epmoe.generate import text
     from jax_epmoe.generate.batching import check_prompts, check_sizes
     from jax_epmoe.generate.sampling import SamplingParams
@@ -163,6 +169,10 @@ def _generate(args: argparse.Namespace) -> None:
     default = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
     entries = _entries(args)
     sampling = [entry.params(default) for entry in entries]
+    if args.enable_dp_attention:
+        wanted = f"{args.tp_size}, as tp_size, or left out with --enable-dp-attention"
+        require(args.dp_size in (1, args.tp_size), "--dp-size", args.dp_size, wanted)
+        args.dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
     folder = Path(args.model)
     config = _read_config(folder)
     sizes = {name: getattr(args, name) for name in ("max_batch_size", "prefill_chunk", "context_length")}
@@ -232,7 +242,12 @@ def _make_engine(args: argparse.Namespace, folder: Path, eos_token_ids: Sequence
     from jax_epmoe.generate.engine import Engine
     from jax_epmoe.mesh import make_mesh
 
-    how = {"mesh": make_mesh(args.tp_size, args.ep_size, args.dp_size), "dtype": args.dtype, "backend": args.backend}
+    how = {
+        "mesh": make_mesh(args.tp_size, args.ep_size, args.dp_size),
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "dp_attention": args.enable_dp_attention,
+    }
     if args.load_format == "dummy":
         model = dummy_model(folder, **how)
     else:

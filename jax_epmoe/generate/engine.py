@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jax_epmoe.generate.batching import Batch, check_prompts, check_sizes, make_requests, plan_batches
 from jax_epmoe.generate.sampling import Method, SamplingParams, request_keys, sample
 from jax_epmoe.generate.stats import Stats, device_memory
-from jax_epmoe.mesh import DATA, axes_size
+from jax_epmoe.mesh import DATA
 
 # How many steps the host runs ahead of what it has read. Every process reads the same steps, so all stop at the same one;
 # after the last row's end this many steps run for nothing.
@@ -94,8 +94,8 @@ class Engine:
     ):
         """
         Args:
-          model: a `Decoder`, or what has its `config`, `mesh`, `init_cache`, `hidden` and `logits`.
-          max_batch_size: sequences that run together, rounded up to a multiple of the mesh's `dp_size`.
+          model: a `Decoder`, or what has its `config`, `mesh`, `batch_multiple`, `init_cache`, `hidden` and `logits`.
+          max_batch_size: sequences that run together, rounded up to a multiple of the model's `batch_multiple`.
           prefill_chunk: how many tokens of each prompt one prefill call takes.
           context_length: the most positions of a prompt and its continuation; by default, and at most, the model's.
           eos_token_ids: which tokens end a text; the model's by default.
@@ -112,6 +112,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.eos_token_ids = tuple(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.stats = Stats()
+        self._batch_multiple = model.batch_multiple
         self._init_cache = model.init_cache
         # Flattened once: a call of a compiled program passes a plain list of arrays.
         self._graphdef, state = nnx.split(model)
@@ -155,7 +156,7 @@ class Engine:
         batches = plan_batches(
             requests,
             max_batch_size=self.max_batch_size,
-            dp_size=axes_size(self.mesh, DATA),
+            replicas=self._batch_multiple,
             prefill_chunk=self.prefill_chunk,
             context_length=self.context_length,
         )

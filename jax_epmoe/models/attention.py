@@ -1,4 +1,7 @@
-"""Attention over the tensor-parallel group, heads dealt to its devices: grouped-query (GQA) and multi-head latent (MLA).
+"""Attention over the tensor-parallel group: grouped-query (GQA) and multi-head latent (MLA).
+
+Heads are dealt to the group's devices; or, with data-parallel attention, sequences are, and every device has all heads: nothing
+is summed, and no key or latent is kept twice.
 
 Both are called with tokens at absolute positions and, when generating, a cache that they extend: a token sees every cached
 position up to its own. Entries past a sequence's end are never seen before they are overwritten.
@@ -13,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
-from jax_epmoe.mesh import DATA, TP_AXES, axes_size
+from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
 from jax_epmoe.models.blocks import RMSNorm, rotate, tokens_spec
 from jax_epmoe.moe.gated_mlp import linear
 from jax_epmoe.parameters import parameter, run_on_shards
@@ -70,9 +73,13 @@ def _key_positions(batch: int, length: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """What both kinds share: one shard_map, one all-reduce (GQA's "full" QK norm adds a small one), a cache by its specs."""
+    """What both kinds share: one shard_map, one all-reduce (GQA's "full" QK norm adds a small one), a cache by its specs.
+
+    With data-parallel attention `head_axes` is empty, and there is no collective.
+    """
 
     mesh: Mesh
+    head_axes: tuple[str, ...]
     cache_spec: P
     cache_shapes: tuple[tuple[int, ...], ...]  # of one position of one sequence
 
@@ -86,7 +93,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """`x [B, S, H]`, rope tables `[B, S, dim / 2]`, `positions [B, S]` -> `[B, S, H]` and the cache with x in it."""
         cache_specs = None if cache is None else tuple(self.cache_spec for _ in cache)
-        spec = tokens_spec(3)
+        split = not self.head_axes
+        spec = tokens_spec(3, split)
         return run_on_shards(
             self,
             type(self)._on_device,
@@ -95,7 +103,7 @@ class Attention(nnx.Module):
             positions,
             cache,
             mesh=self.mesh,
-            in_specs=(spec, (spec, spec), tokens_spec(2), cache_specs),
+            in_specs=(spec, (spec, spec), tokens_spec(2, split), cache_specs),
             out_specs=(spec, cache_specs),
         )
 
@@ -105,15 +113,16 @@ class Attention(nnx.Module):
     def _output(self, heads: jax.Array, o: jax.Array) -> jax.Array:
         """`heads [B, S, local heads, Dv]` through this device's columns of `o [H, local heads, Dv]`, summed."""
         merged = linear(heads.reshape(*heads.shape[:2], -1), o.reshape(o.shape[0], -1))
-        return jax.lax.psum(merged.astype(heads.dtype), TP_AXES)
+        merged = merged.astype(heads.dtype)
+        return jax.lax.psum(merged, self.head_axes) if self.head_axes else merged
 
 
 class GQA(Attention):
     """Grouped-query attention (Ainslie et al., 2023).
 
-    Parameters: `q [heads, D, H]`, `k`, `v [kv_heads, D, H]`, `o [H, heads, D]`, and with QK norm `q_norm`, `k_norm`. With fewer
-    KV heads than devices, k and v are on every device, each uses the head that its query heads need, and the cache holds
-    one head a device.
+    Parameters: `q [heads, D, H]`, `k`, `v [kv_heads, D, H]`, `o [H, heads, D]`; with biases `q_bias [heads, D]`, `k_bias`,
+    `v_bias [kv_heads, D]`; with QK norm `q_norm`, `k_norm`. With fewer KV heads than devices, k and v are on every device, each
+    uses the head that its query heads need, and the cache holds one head a device.
     """
 
     def __init__(
@@ -126,40 +135,51 @@ class GQA(Attention):
         mesh: Mesh,
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
+        data_parallel: bool = False,
     ):
-        tp_size = axes_size(mesh, TP_AXES)
+        self.head_axes = () if data_parallel else TP_AXES
+        head_axes = self.head_axes or None
+        tp_size = axes_size(mesh, head_axes)
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         require(heads % tp_size == 0, "tp_size", tp_size, f"a divisor of the {heads} query heads")
         require(
             kv_heads % tp_size == 0 or tp_size % kv_heads == 0,
             "tp_size", tp_size, f"a divisor or a multiple of the {kv_heads} KV heads",
         )  # fmt: skip
-        require(dim % 2 == 0, "head_dim", dim, "even: rotary embedding turns pairs")
+        require(config.rope_dim % 2 == 0, "head_dim", dim, "even: rotary embedding turns pairs")
         self.config = config
         self.interleaved = rope.interleaved
         self.scale = dim**-0.5 * rope.softmax_scale_factor
         self.mesh = mesh
         self.devices_per_kv_head = max(1, tp_size // kv_heads)
-        kv_axes = TP_AXES if self.devices_per_kv_head == 1 else None
+        kv_axes = head_axes if self.devices_per_kv_head == 1 else None
         cached_heads = max(kv_heads, tp_size)
-        self.cache_spec = P(DATA, None, TP_AXES, None)
+        self.cache_spec = P(ALL_AXES if data_parallel else DATA, None, head_axes, None)
         self.cache_shapes = ((cached_heads, dim), (cached_heads, dim))
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
-        self.q = parameter((heads, dim, hidden_size), (TP_AXES, None, None), **new)
+        self.q = parameter((heads, dim, hidden_size), (head_axes, None, None), **new)
         self.k = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
         self.v = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
-        self.o = parameter((hidden_size, heads, dim), (None, TP_AXES, None), **new)
+        self.o = parameter((hidden_size, heads, dim), (None, head_axes, None), **new)
+        if config.qkv_bias:
+            self.q_bias = parameter((heads, dim), (head_axes, None), **new)
+            self.k_bias = parameter((kv_heads, dim), (kv_axes, None), **new)
+            self.v_bias = parameter((kv_heads, dim), (kv_axes, None), **new)
         if config.qk_norm == "head":
             self.q_norm = RMSNorm(dim, eps, **new)
             self.k_norm = RMSNorm(dim, eps, **new)
         elif config.qk_norm == "full":
-            self.q_norm = RMSNorm(heads * dim, eps, axes=TP_AXES, **new)
+            self.q_norm = RMSNorm(heads * dim, eps, axes=head_axes, **new)
             self.k_norm = RMSNorm(kv_heads * dim, eps, axes=kv_axes, **new)
 
     def _on_device(self, x, rope, positions, cache):
         q = linear(x, self.q[...])  # [B, S, local heads, D] float32
         k = linear(x, self._own_heads(self.k[...]))
         v = linear(x, self._own_heads(self.v[...]))
+        if self.config.qkv_bias:
+            q += self.q_bias[...]
+            k += self._own_heads(self.k_bias[...])
+            v += self._own_heads(self.v_bias[...])
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.config.qk_norm == "full":
@@ -179,13 +199,13 @@ class GQA(Attention):
         """This device's KV heads `[local kv heads, ...]`: its shard, or the one head that its query heads read."""
         if self.devices_per_kv_head == 1:
             return kv
-        head = jax.lax.axis_index(TP_AXES) // self.devices_per_kv_head
+        head = jax.lax.axis_index(self.head_axes) // self.devices_per_kv_head
         return jax.lax.dynamic_slice_in_dim(kv, head, 1)
 
     def _norm_over_all_heads(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """OLMoE's QK norm: the mean square runs over every device's heads, so it takes one small all-reduce."""
         squares = jnp.stack([jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True) for a in (q, k)])
-        q_square, k_square = jax.lax.psum(squares, TP_AXES)
+        q_square, k_square = jax.lax.psum(squares, self.head_axes) if self.head_axes else squares
         heads, kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         q_scale = self.q_norm.scale[...].reshape(-1, dim)
         k_scale = self._own_heads(self.k_norm.scale[...].reshape(-1, dim))
@@ -216,8 +236,11 @@ class MLA(Attention):
         mesh: Mesh,
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
+        data_parallel: bool = False,
     ):
-        tp_size = axes_size(mesh, TP_AXES)
+        self.head_axes = () if data_parallel else TP_AXES
+        head_axes = self.head_axes or None
+        tp_size = axes_size(mesh, head_axes)
         heads = config.num_heads
         require(heads % tp_size == 0, "tp_size", tp_size, f"a divisor of the {heads} query heads")
         rope_dim = config.qk_rope_head_dim
@@ -228,10 +251,10 @@ class MLA(Attention):
         self.scale = qk_dim**-0.5 * rope.softmax_scale_factor
         self.mesh = mesh
         latent_size = config.kv_lora_rank + config.qk_rope_head_dim
-        self.cache_spec = P(DATA, None, None)
+        self.cache_spec = P(ALL_AXES if data_parallel else DATA, None, None)
         self.cache_shapes = ((latent_size,),)
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
-        per_head = (TP_AXES, None, None)
+        per_head = (head_axes, None, None)
         if config.q_lora_rank is None:
             self.q = parameter((heads, qk_dim, hidden_size), per_head, **new)
         else:
@@ -242,7 +265,7 @@ class MLA(Attention):
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, **new)
         kv_dim = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b = parameter((heads, kv_dim, config.kv_lora_rank), per_head, **new)
-        self.o = parameter((hidden_size, heads, config.v_head_dim), (None, TP_AXES, None), **new)
+        self.o = parameter((hidden_size, heads, config.v_head_dim), (None, head_axes, None), **new)
 
     def _on_device(self, x, rope, positions, cache):
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank

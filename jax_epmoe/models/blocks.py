@@ -10,15 +10,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jax_epmoe.collectives import gather_tokens, sum_tokens
 from jax_epmoe.config import RopeConfig
-from jax_epmoe.mesh import DATA, TP_AXES
+from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES
 from jax_epmoe.moe.gated_mlp import GatedMLP, linear
 from jax_epmoe.parameters import parameter, run_on_shards
 
 
-def tokens_spec(ndim: int) -> P:
-    """How activations lie on the mesh: the first dimension (sequences) over `data`, the rest on every device."""
-    return P(DATA, *[None] * (ndim - 1))
+def tokens_spec(ndim: int, split: bool = False) -> P:
+    """How activations lie on the mesh: the first dimension (sequences) over `data`, the rest on every device.
+
+    With `split`, as between layers with data-parallel attention, sequences lie over all axes.
+    """
+    return P(ALL_AXES if split else DATA, *[None] * (ndim - 1))
 
 
 class RMSNorm(nnx.Module):
@@ -74,35 +78,53 @@ def rope_table(config: RopeConfig, dim: int, positions: jax.Array) -> tuple[jax.
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
-    """Turns the pairs of `x [B, S, heads, dim]` by their angles; float32 in and out."""
+    """Turns the pairs of `x [B, S, heads, dim]` by their angles; float32 in and out.
+
+    Where the table is for fewer dimensions than x has, those past them stay as they are.
+    """
     cos, sin = (t[:, :, None, :] for t in table)
+    x, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:
         first, second = jnp.split(x, 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin
-    return jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    if interleaved:
+        turned = (jnp.stack(turned, axis=-1).reshape(x.shape),)
+    return jnp.concatenate([*turned, rest], axis=-1)
 
 
 class Embedding(nnx.Module):
     """Parameter `table [vocab, H]`, vocabulary over the tensor-parallel group."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, mesh: Mesh, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        mesh: Mesh,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+        split_tokens: bool = False,
+    ):
         self.mesh = mesh
         self.vocab_size = vocab_size
+        self.split_tokens = split_tokens
         self.table = parameter((vocab_size, hidden_size), (TP_AXES, None), mesh=mesh, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """`[B, S]` int32 -> `[B, S, H]`; one all-reduce."""
+        """`[B, S]` int32 -> `[B, S, H]`; one all-reduce, or with `split_tokens` one reduce-scatter."""
+        out_specs = tokens_spec(3, self.split_tokens)
         return run_on_shards(
-            self, Embedding._on_device, tokens, mesh=self.mesh, in_specs=(tokens_spec(2),), out_specs=tokens_spec(3)
+            self, Embedding._on_device, tokens, mesh=self.mesh, in_specs=(tokens_spec(2),), out_specs=out_specs
         )
 
     def _on_device(self, tokens: jax.Array) -> jax.Array:
         local = tokens - jax.lax.axis_index(TP_AXES) * self.table.shape[0]
         # A negative index would count from the end; one past the end is filled with zeros.
         rows = jnp.where(local < 0, self.table.shape[0], local)
-        return jax.lax.psum(self.table[...].at[rows].get(mode="fill", fill_value=0), TP_AXES)
+        found = self.table[...].at[rows].get(mode="fill", fill_value=0)
+        return sum_tokens(found, TP_AXES, split=self.split_tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head of a model whose embeddings are tied; see `Head`."""
@@ -139,18 +161,33 @@ def _vocab_logits(module: Embedding | Head, local_logits, hidden: jax.Array) -> 
 
 
 class DenseMLP(GatedMLP):
-    """A decoder layer's MLP without experts: `GatedMLP` over the tensor-parallel group, summed by one all-reduce."""
+    """A decoder layer's MLP without experts: `GatedMLP` over the tensor-parallel group, summed by one all-reduce.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, mesh: Mesh, dtype, rngs: nnx.Rngs):
+    With `split_tokens`, tokens come and go split over the group: an all-gather before, a reduce-scatter after.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        mesh: Mesh,
+        dtype,
+        rngs: nnx.Rngs,
+        split_tokens: bool = False,
+    ):
         super().__init__(
             hidden_size, intermediate_size, activation=activation, axes=TP_AXES, mesh=mesh, dtype=dtype, rngs=rngs
         )
         self.mesh = mesh
+        self.split_tokens = split_tokens
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, S, H]` -> `[B, S, H]`."""
-        spec = tokens_spec(3)
+        spec = tokens_spec(3, self.split_tokens)
         return run_on_shards(self, DenseMLP._on_device, x, mesh=self.mesh, in_specs=(spec,), out_specs=spec)
 
     def _on_device(self, x: jax.Array) -> jax.Array:
-        return jax.lax.psum(self.partial_sum(x).astype(x.dtype), TP_AXES)
+        partial = self.partial_sum(gather_tokens(x, TP_AXES, split=self.split_tokens))
+        return sum_tokens(partial.astype(x.dtype), TP_AXES, split=self.split_tokens)

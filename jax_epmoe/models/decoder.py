@@ -8,31 +8,49 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_epmoe.config import GQAConfig, ModelConfig, require
-from jax_epmoe.mesh import DATA
+from jax_epmoe.mesh import ALL_AXES, DATA, axes_size
 from jax_epmoe.models.attention import GQA, MLA, Cache, RopeTable
 from jax_epmoe.models.blocks import DenseMLP, Embedding, Head, RMSNorm, rope_table
 from jax_epmoe.moe.layer import EPMoE
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and a MoE layer (or a dense MLP), each after its norm and around its residual: two all-reduces."""
+    """Attention and a MoE layer (or a dense MLP), each after its norm and around its residual: two all-reduces.
+
+    With `dp_attention`, sequences lie over the tensor-parallel group between layers and in attention, which then has no collective;
+    the MoE gathers them and scatters its sum: an all-gather and a reduce-scatter.
+    """
 
     def __init__(
-        self, config: ModelConfig, has_experts: bool, *, mesh: Mesh, dtype, rngs: nnx.Rngs, backend: str | None
+        self,
+        config: ModelConfig,
+        has_experts: bool,
+        *,
+        mesh: Mesh,
+        dtype,
+        rngs: nnx.Rngs,
+        backend: str | None,
+        dp_attention: bool,
     ):
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, **new)
         if isinstance(config.attention, GQAConfig):
-            self.attention: GQA | MLA = GQA(config.attention, config.rope, hidden, eps, **new)
+            self.attention: GQA | MLA = GQA(
+                config.attention, config.rope, hidden, eps, data_parallel=dp_attention, **new
+            )
         else:
-            self.attention = MLA(config.attention, config.rope, hidden, **new)
+            self.attention = MLA(config.attention, config.rope, hidden, data_parallel=dp_attention, **new)
         self.mlp_norm = RMSNorm(hidden, eps, **new)
         if has_experts:
-            self.moe = EPMoE(config.moe, backend=backend, **new)
+            self.moe = EPMoE(config.moe, backend=backend, split_tokens=dp_attention, **new)
+            if config.shared_expert_gate and self.moe.shared is not None:
+                self.moe.shared.add_output_gate(**new)
         else:
             activation = config.moe.activation
-            self.mlp = DenseMLP(hidden, config.dense_intermediate_size, activation=activation, **new)
+            self.mlp = DenseMLP(
+                hidden, config.dense_intermediate_size, activation=activation, split_tokens=dp_attention, **new
+            )
         self.has_experts = has_experts
 
     def __call__(
@@ -63,20 +81,35 @@ class Decoder(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         rngs: nnx.Rngs,
         backend: str | None = None,
+        dp_attention: bool = False,
     ):
+        """
+        Args:
+          config: the model's sizes.
+          mesh: from `make_mesh`.
+          dtype: of weights, activations and cache.
+          rngs: whose `params` stream initialises the weights.
+          backend: of `grouped_gemm`; None picks the fastest.
+          dp_attention: deal sequences, not heads, over the tensor-parallel group in attention. Its weights are then on every device, each
+            key and value is cached once, and batches are multiples of `dp_size * tp_size`.
+        """
         self.config = config
         self.mesh = mesh
         self.dtype = jnp.dtype(dtype)
+        self.dp_attention = dp_attention
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
-        self.embed = Embedding(config.vocab_size, config.hidden_size, **new)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, split_tokens=dp_attention, **new)
         self.layers = nnx.List(
-            [DecoderLayer(config, has_experts, backend=backend, **new) for has_experts in config.moe_layers]
+            [
+                DecoderLayer(config, has_experts, backend=backend, dp_attention=dp_attention, **new)
+                for has_experts in config.moe_layers
+            ]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **new)
         self.head = None if config.tie_word_embeddings else Head(config.vocab_size, config.hidden_size, **new)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """`tokens [B, S]` int32 -> logits `[B, S, vocab]` float32. B divides by the mesh's `data` axis."""
+        """`tokens [B, S]` int32 -> logits `[B, S, vocab]` float32. B is a multiple of `batch_multiple`."""
         return self.with_load(tokens)[0]
 
     def with_load(self, tokens: jax.Array, num_tokens: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -87,10 +120,16 @@ class Decoder(nnx.Module):
         hidden, _, load = self._run(tokens, jnp.zeros(tokens.shape[0], jnp.int32), None, num_tokens)
         return self.logits(hidden), load
 
+    @property
+    def batch_multiple(self) -> int:
+        """Over how many devices the sequences of a batch lie."""
+        return axes_size(self.mesh, ALL_AXES if self.dp_attention else DATA)
+
     def init_cache(self, batch_size: int, length: int) -> list[Cache]:
         """An empty cache for `batch_size` sequences of up to `length` positions, on its shards."""
-        dp_size = self.mesh.shape[DATA]
-        require(batch_size % dp_size == 0, "batch_size", batch_size, f"a multiple of dp_size ({dp_size})")
+        of = "dp_size * tp_size" if self.dp_attention else "dp_size"
+        multiple = self.batch_multiple
+        require(batch_size % multiple == 0, "batch_size", batch_size, f"a multiple of {of} ({multiple})")
         return [layer.attention.init_cache(batch_size, length, self.dtype) for layer in self.layers]
 
     def hidden(
@@ -118,13 +157,10 @@ class Decoder(nnx.Module):
 
     def _run(self, tokens, start, cache, num_tokens):
         config = self.config
-        dim = (
-            config.attention.head_dim if isinstance(config.attention, GQAConfig) else config.attention.qk_rope_head_dim
-        )
         steps = jnp.arange(tokens.shape[1])
         positions = start[:, None] + steps
         mask = None if num_tokens is None else steps < num_tokens[:, None]
-        rope = rope_table(config.rope, dim, positions)
+        rope = rope_table(config.rope, config.attention.rope_dim, positions)
         x = self.embed(tokens)
         caches, loads = [], []
         for i, layer in enumerate(self.layers):

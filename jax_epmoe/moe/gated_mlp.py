@@ -14,8 +14,11 @@ from jax_epmoe.parameters import parameter
 class GatedMLP(nnx.Module):
     """`(act(x @ gate.T) * (x @ up.T)) @ down.T`.
 
-    Parameters: `w_gate_up [2, I, H]` (gate first) and `w_down [H, I]`, I over `axes`, zero-padded to divide.
+    Parameters: `w_gate_up [2, I, H]` (gate first) and `w_down [H, I]`, I over `axes`, zero-padded to divide; after
+    `add_output_gate`, also `output_gate [1, H]`, on every device.
     """
+
+    output_gate: nnx.Param | None = None
 
     def __init__(
         self,
@@ -36,11 +39,19 @@ class GatedMLP(nnx.Module):
             (hidden_size, intermediate_size), (None, tuple(axes)), mesh=mesh, dtype=dtype, rngs=rngs
         )
 
+    def add_output_gate(self, *, mesh: Mesh, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+        """From now on a token's output is multiplied by `sigmoid(output_gate . x)` (Qwen2-MoE's shared expert)."""
+        shape = (1, self.w_down.shape[0])
+        self.output_gate = parameter(shape, (None, None), mesh=mesh, dtype=dtype, rngs=rngs)
+
     def partial_sum(self, x: jax.Array) -> jax.Array:
         """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]` float32, to be summed over `axes`."""
         gate_up = linear(x, self.w_gate_up[...])  # [T, 2, I / devices]
         hidden = gate(self.activation, gate_up).astype(x.dtype)
-        return linear(hidden, self.w_down[...])
+        out = linear(hidden, self.w_down[...])
+        if self.output_gate is None:
+            return out
+        return out * jax.nn.sigmoid(linear(x, self.output_gate[...]))
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:

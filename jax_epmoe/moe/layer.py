@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jax_epmoe.collectives import gather_tokens, sum_tokens
 from jax_epmoe.config import MoEConfig, require
 from jax_epmoe.mesh import DATA, EXPERT, TENSOR, axes_size
 from jax_epmoe.moe.experts import default_chunk_rows, run_experts
@@ -37,7 +38,8 @@ class EPMoE(nnx.Module):
     The mesh's shape alone decides: experts are dealt over `expert_axis` (expert parallelism), each expert's intermediate
     dimension is split over `tensor_axis` (tensor parallelism), and both together are the hybrid. Tokens are split over
     `data_axes` and every device of the expert and tensor axes sees all tokens of its part; the partial outputs
-    are summed by one all-reduce, in x's dtype. No token is ever dropped.
+    are summed by one all-reduce, in x's dtype. With `split_tokens`, tokens come and go split over those axes too: one all-gather
+    before, one reduce-scatter after. No token is ever dropped.
 
     Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
     `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`. An I that the mesh does not divide is padded
@@ -56,6 +58,7 @@ class EPMoE(nnx.Module):
         tensor_axis: str | None = TENSOR,
         backend: str | None = None,
         chunk_rows: int | None = None,
+        split_tokens: bool = False,
     ):
         """
         Args:
@@ -69,6 +72,7 @@ class EPMoE(nnx.Module):
           backend: of `grouped_gemm`; None picks the fastest.
           chunk_rows: how many rows, copies of tokens in expert order, a device processes at a time: a multiple of 8, which bounds
             its activations. None: half as many again as balanced routing gives it, within 2 GiB.
+          split_tokens: x and the output are split over the expert and tensor axes as well as over `data_axes`.
 
         Raises:
           ValueError: an axis that the mesh lacks or that is named twice, or a number of experts that the mesh does not divide.
@@ -94,6 +98,7 @@ class EPMoE(nnx.Module):
         self.data_axes = data
         self.expert_axis = expert_axis
         self.reduce_axes = reduced
+        self.split_tokens = split_tokens and axes_size(mesh, reduced) > 1
         experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
         self.router = Router(config, mesh=mesh, rngs=rngs)
         self.w_gate_up = parameter(
@@ -113,7 +118,7 @@ class EPMoE(nnx.Module):
         """`[..., H]` -> `[..., H]`, in x's dtype. Call it under `jit`: without, JAX compiles one operation at a time.
 
         Args:
-          x: tokens; its first dimension divides by the devices of `data_axes` (a single token `[H]` needs just one).
+          x: tokens; its first dimension divides by the devices that it is split over (a single token `[H]` needs just one).
           mask: `[...]` bool: tokens that are False (padding) take no routed experts.
 
         Raises:
@@ -132,13 +137,10 @@ class EPMoE(nnx.Module):
             y, load = self.with_load(x[None], mask[None])
             return y[0], load
         dp_size = axes_size(self.mesh, self.data_axes)
-        require(
-            x.shape[0] % dp_size == 0,
-            "x.shape[0]",
-            x.shape[0],
-            f"a multiple of the {dp_size} devices of {self.data_axes}",
-        )
-        x_spec = P(self.data_axes or None, *[None] * (x.ndim - 1))
+        split_over = (*self.data_axes, *(self.reduce_axes if self.split_tokens else ()))
+        parts = axes_size(self.mesh, split_over)
+        require(x.shape[0] % parts == 0, "x.shape[0]", x.shape[0], f"a multiple of the {parts} devices of {split_over}")
+        x_spec = P(split_over or None, *[None] * (x.ndim - 1))
         load_axes = (*self.data_axes, *([self.expert_axis] if self.expert_axis else []))
         y, load = run_on_shards(
             self,
@@ -154,6 +156,7 @@ class EPMoE(nnx.Module):
     def _on_device(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One device's part, inside the shard_map: its tokens through its experts, and the all-reduce."""
         config = self.config
+        x, mask = (gather_tokens(part, self.reduce_axes, split=self.split_tokens) for part in (x, mask))
         tokens = x.reshape(-1, config.hidden_size)  # [T, H]
         local_experts = self.w_down.shape[0]
         first_expert = jax.lax.axis_index(self.expert_axis) * local_experts if self.expert_axis else 0
@@ -176,10 +179,10 @@ class EPMoE(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 partial += self.shared.partial_sum(tokens)
-        out = partial.astype(x.dtype)
+        out = partial.astype(x.dtype).reshape(x.shape)
         if axes_size(self.mesh, self.reduce_axes) > 1:
-            out = jax.lax.psum(out, self.reduce_axes)
-        return out.reshape(x.shape), plan.group_sizes
+            out = sum_tokens(out, self.reduce_axes, split=self.split_tokens)
+        return out, plan.group_sizes
 
     def _chunk_rows(self, pairs: int) -> int:
         if self.chunk_rows is not None:

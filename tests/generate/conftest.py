@@ -25,6 +25,7 @@ class HashModel(nnx.Module):
     ):
         self.config = SimpleNamespace(vocab_size=vocab, max_position_embeddings=context, eos_token_ids=eos)
         self.mesh = mesh
+        self.batch_multiple = mesh.shape["data"]
         self.observe = observe
         self.factor = nnx.Param(jax.device_put(jnp.asarray(31, jnp.int32), NamedSharding(mesh, P())))
 

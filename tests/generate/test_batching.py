@@ -5,14 +5,14 @@ from jax_epmoe.generate.batching import Chunk, bucket, check_prompts, make_reque
 from jax_epmoe.generate.sampling import SamplingParams
 
 
-def plan(lengths, *, new=10, max_batch_size=4, dp_size=1, prefill_chunk=32, context_length=512):
+def plan(lengths, *, new=10, max_batch_size=4, replicas=1, prefill_chunk=32, context_length=512):
     requests = make_requests(
         [[1] * n for n in lengths], SamplingParams(max_new_tokens=new), context_length=context_length, eos_token_ids=()
     )
     return plan_batches(
         requests,
         max_batch_size=max_batch_size,
-        dp_size=dp_size,
+        replicas=replicas,
         prefill_chunk=prefill_chunk,
         context_length=context_length,
     )
@@ -40,7 +40,7 @@ def test_the_cache_holds_all_but_the_last_new_token_and_never_more_than_the_cont
 
 
 def test_rows_are_dealt_round_the_replicas():
-    batch = plan([9, 8, 7, 6, 5], max_batch_size=7, dp_size=2)[0]
+    batch = plan([9, 8, 7, 6, 5], max_batch_size=7, replicas=2)[0]
     assert (batch.size, batch.rows) == (8, (0, 4, 1, 5, 2))
     np.testing.assert_array_equal(batch.column([1, 2, 3, 4, 5], np.int32, -1), [1, 3, 5, -1, 2, 4, -1, -1])
     np.testing.assert_array_equal(batch.tokens(Chunk(0, 16)).sum(axis=1), [9, 7, 5, 0, 8, 6, 0, 0])

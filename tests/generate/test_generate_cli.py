@@ -66,12 +66,20 @@ def refused(capsys, *args):
     return err.removeprefix("epmoe-generate: error: ").rstrip()
 
 
-def test_a_converted_checkpoint_says_on_a_mesh_what_transformers_says(mixtral, expected, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("--tp-size", "4", "--ep-size", "2", "--dp-size", "2"),
+        ("--tp-size", "4", "--ep-size", "4", "--enable-dp-attention"),
+    ],
+    ids=["hybrid", "dp_attention"],
+)
+def test_a_converted_checkpoint_says_on_a_mesh_what_transformers_says(mesh, mixtral, expected, tmp_path, capsys):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(
         "".join(json.dumps({"prompt": str(p), "id": i}) + "\n" for i, p in enumerate(expected["prompt_text"]))
     )
-    args = ["--tp-size", "4", "--ep-size", "2", "--dp-size", "2", "--prefill-chunk", "16", "--max-new-tokens", "12"]
+    args = [*mesh, "--prefill-chunk", "16", "--max-new-tokens", "12"]
     files = ["--input", str(source), "--output", str(target)]
     assert cli.main(["--model", str(mixtral), *files, *args, "--ignore-eos"]) == 0
     got = records(target.read_text())
@@ -208,6 +216,10 @@ def test_a_bad_line_is_named_and_nothing_is_written(mixtral, tmp_path, capsys, l
         (["--prompt", "a", "--context-length", "513"], "context_length is 513; it should be from 2 to the model's 512"),
         (["--prompt", "a", "--context-length", "2"], "--prompt 1: number of tokens is 2; it should be at most 1"),
         (["--prompt", "a", "--tp-size", "0"], "tp_size is 0; it should be a positive integer"),
+        (
+            ["--prompt", "a", "--tp-size", "4", "--dp-size", "2", "--enable-dp-attention"],
+            "--dp-size is 2; it should be 4, as tp_size, or left out with --enable-dp-attention",
+        ),
         (["--prompt", "a", "--tp-size", "16"], "tp_size * dp_size is 16; it should be at most the 8 devices"),
         (["--prompt", "a", "--tp-size", "3"], "tp_size is 3; it should be a divisor of the 8 query heads"),
         (["--prompt", "a", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

@@ -32,6 +32,11 @@ DEEPSEEK_LIKE = MIXTRAL_LIKE.replace(
     moe_layers=(False, True),
     dense_intermediate_size=19,
 )
+QWEN2_LIKE = MIXTRAL_LIKE.replace(
+    attention=GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6, qkv_bias=True),
+    moe=MoEConfig(24, 11, num_experts=8, top_k=3, shared_intermediate_size=13),
+    shared_expert_gate=True,
+)
 KINDS = {"mixtral_like": MIXTRAL_LIKE, "olmoe_like": OLMOE_LIKE, "deepseek_like": DEEPSEEK_LIKE}
 
 
@@ -67,8 +72,8 @@ def lively(cls, *args, mesh, dtype=jnp.float32, **kwargs):
     return nnx.merge(graphdef, nnx.map_state(draw, state))
 
 
-def decoder(config: ModelConfig, tp_size=1, ep_size=1, dp_size=1, dtype=jnp.float32) -> Decoder:
-    return lively(Decoder, config, mesh=make_mesh(tp_size, ep_size, dp_size), dtype=dtype)
+def decoder(config: ModelConfig, tp_size=1, ep_size=1, dp_size=1, dtype=jnp.float32, **kwargs) -> Decoder:
+    return lively(Decoder, config, mesh=make_mesh(tp_size, ep_size, dp_size), dtype=dtype, **kwargs)
 
 
 def compiled(model: nnx.Module, call):

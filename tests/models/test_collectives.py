@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import DEEPSEEK_LIKE, FAST_COMPILE, KINDS, MIXTRAL_LIKE, OLMOE_LIKE, decoder, tokens
+from small_models import DEEPSEEK_LIKE, FAST_COMPILE, KINDS, MIXTRAL_LIKE, OLMOE_LIKE, QWEN2_LIKE, decoder, tokens
 
 from jax_epmoe.models.blocks import rope_table
 
@@ -33,9 +33,10 @@ def collectives(call, *args) -> Counter:
         (MIXTRAL_LIKE, 0, 2),
         (DEEPSEEK_LIKE, 1, 2),
         (DEEPSEEK_LIKE, 0, 2),
+        (QWEN2_LIKE, 0, 2),
         (OLMOE_LIKE, 0, 3),  # the mean square of its QK norm runs over all heads
     ],
-    ids=["mixtral_like", "deepseek_like", "deepseek_like_dense", "olmoe_like"],
+    ids=["mixtral_like", "deepseek_like", "deepseek_like_dense", "qwen2_like", "olmoe_like"],
 )
 def test_a_layer_has_two_all_reduces_and_no_other_collective(config, layer, count, cached, sizes):
     model = decoder(config, *sizes)
