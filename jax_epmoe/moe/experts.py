@@ -28,7 +28,7 @@ def default_chunk_rows(rows: int, ep_size: int, hidden_size: int, intermediate_s
     return -(-chunk_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def run_experts(
     tokens: jax.Array,
     w_gate_up: jax.Array,
@@ -38,6 +38,7 @@ def run_experts(
     activation: str,
     backend: str | None,
     chunk_rows: int,
+    expected_rows: int | None = None,
 ) -> jax.Array:
     """Each token's weighted sum over its experts on this device; zeros where it has none. Differentiable by recomputation.
 
@@ -50,44 +51,46 @@ def run_experts(
       activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
       backend: of `grouped_gemm`.
       chunk_rows: how many rows are processed at a time, a multiple of 8.
+      expected_rows: about how many of the pairs will be this device's; None: all.
 
     Returns:
       `[T, H]` float32.
     """
 
+    multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
+
     def add_chunk(chunk: "_Chunk", out: jax.Array) -> jax.Array:
         with jax.named_scope("gate_up"):
-            hidden = grouped_gemm(
-                tokens, w_gate_up, chunk.group_sizes, row_index=chunk.row_token, activation=activation, backend=backend
+            hidden = multiply(
+                tokens, w_gate_up, chunk.group_sizes, row_index=chunk.row_token, activation=activation
             )  # [chunk_rows, I]
         with jax.named_scope("down"):
-            y = grouped_gemm(hidden, w_down, chunk.group_sizes, backend=backend)  # [chunk_rows, H]
+            y = multiply(hidden, w_down, chunk.group_sizes)  # [chunk_rows, H]
         with jax.named_scope("combine"):
             return out + combine(y, chunk.pair_row, weights)
 
     return _over_chunks(plan, chunk_rows, add_chunk, jnp.zeros(tokens.shape, jnp.float32))
 
 
-def _forward(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows):
-    out = run_experts(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows)
+def _forward(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows):
+    out = run_experts(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows)
     return out, (tokens, w_gate_up, w_down, weights, plan)
 
 
-def _backward(activation, backend, chunk_rows, saved, d_out):
+def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
     tokens, w_gate_up, w_down, weights, plan = saved
+    multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
 
     def add_chunk(chunk: _Chunk, sums):
         d_tokens, d_w_gate_up, d_w_down, d_weights = sums
         row_weight = weights.reshape(-1)[chunk.row_pair][:, None]
         rows = tokens[chunk.row_token]
         hidden, pull_gate_up = jax.vjp(
-            lambda x, w: grouped_gemm(x, w, chunk.group_sizes, activation=activation, backend=backend),
-            rows,
-            w_gate_up,
+            lambda x, w: multiply(x, w, chunk.group_sizes, activation=activation), rows, w_gate_up
         )
         # A row's weight may as well scale what goes into the second product: its gradient then needs no y.
         scaled = (row_weight * hidden).astype(tokens.dtype)
-        _, pull_down = jax.vjp(lambda x, w: grouped_gemm(x, w, chunk.group_sizes, backend=backend), scaled, w_down)
+        _, pull_down = jax.vjp(lambda x, w: multiply(x, w, chunk.group_sizes), scaled, w_down)
         d_scaled, d_w_down_part = pull_down(d_out[chunk.row_token].astype(tokens.dtype))
         d_row_weight = jnp.sum(d_scaled.astype(jnp.float32) * hidden, axis=1)
         d_rows, d_w_gate_up_part = pull_gate_up((row_weight * d_scaled).astype(tokens.dtype))

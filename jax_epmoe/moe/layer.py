@@ -175,6 +175,7 @@ class EPMoE(nnx.Module):
             config.activation,
             self.backend,
             self._chunk_rows(ids.size),
+            -(-ids.size // axes_size(self.mesh, self.expert_axis)),
         )  # [T, H] float32
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

@@ -61,6 +61,7 @@ X, W, GATED, SIZES = jnp.zeros((6, 4)), jnp.zeros((3, 5, 4)), jnp.zeros((3, 2, 5
         ("bias.shape", {"w": GATED, "activation": "silu", "bias": jnp.zeros((3, 5))}),
         ("out_dtype", {"out_dtype": "int32"}),
         ("x.dtype", {"x": jnp.zeros((6, 4), jnp.int32)}),
+        ("expected_rows", {"expected_rows": -1}),
     ],
 )
 def test_a_bad_argument_is_refused_by_name_in_one_line(name, arguments):

@@ -1,5 +1,7 @@
 """The Hopper kernel without a GPU: interpreted on the CPU with race detection, and lowered for CUDA."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,21 @@ def test_chosen_tilings_lower_for_cuda_and_fit_shared_memory(rows, experts, k, n
         return hopper.matmul(x, w, sizes, activation="silu" if gated else None, out_dtype=x.dtype)
 
     jax.jit(run).trace(*shapes, sizes).lower(lowering_platforms=("cuda",))
+
+
+def test_tiles_suit_the_rows_that_are_expected_in_both_directions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hopper, "choose_tiling", lambda **sizes: asked.append(sizes["rows"]) or choose_tiling(**sizes))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 128), (4, 128, 128))]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def loss(x, w, sizes, **hint):
+        return jnp.sum(grouped_gemm(x, w, sizes, backend="hopper", **hint))
+
+    for hint, rows in (({}, 4096), ({"expected_rows": 512}, 512), ({"expected_rows": 10**6}, 4096)):
+        asked.clear()
+        jax.jit(jax.grad(partial(loss, **hint))).trace(*shapes, sizes)
+        assert asked == [rows, rows], hint
 
 
 def test_both_gradients_lower_for_cuda():

@@ -34,6 +34,7 @@ def grouped_gemm(
     activation: str | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
+    expected_rows: int | None = None,
 ) -> jax.Array:
     """Multiplies each group of rows by its own expert's weights, accumulating in float32; differentiable.
 
@@ -47,6 +48,7 @@ def grouped_gemm(
       activation: None, "silu", "gelu" (exact) or "gelu_pytorch_tanh".
       out_dtype: default x's. Values are rounded once, at the end.
       backend: "hopper" or "xla"; None picks the fastest that supports the call on this device.
+      expected_rows: about what `group_sizes` will add up to, where that is less than `rows`; it picks tile sizes, no more.
 
     Returns:
       `[rows, n]`: `act(x @ gate.T) * (x @ up.T)`, or `x @ w.T` without an activation.
@@ -79,9 +81,17 @@ def grouped_gemm(
         )
     if bias is not None:
         require(bias.shape == w.shape[:-1], "bias.shape", bias.shape, f"{w.shape[:-1]}, as w's")
-    if (x if row_index is None else row_index).shape[0] == 0:
+    rows = (x if row_index is None else row_index).shape[0]
+    require(
+        expected_rows is None or expected_rows >= 0,
+        "expected_rows",
+        expected_rows,
+        "None or how many rows there will be",
+    )
+    if rows == 0:
         return jnp.zeros((0, w.shape[-2]), out_dtype)
-    return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
+    expected_rows = rows if expected_rows is None else min(expected_rows, rows)
+    return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend, expected_rows)
 
 
 def _matmul(backend: str | None, *args, **kwargs) -> jax.Array:
@@ -102,19 +112,27 @@ def _outer(backend: str | None, *args, **kwargs) -> jax.Array:
     return reference.outer(*args, **kwargs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend, expected_rows):
     return _matmul(
-        backend, x, w, group_sizes, row_index=row_index, bias=bias, activation=activation, out_dtype=out_dtype
+        backend,
+        x,
+        w,
+        group_sizes,
+        row_index=row_index,
+        bias=bias,
+        activation=activation,
+        out_dtype=out_dtype,
+        expected_rows=expected_rows,
     )
 
 
-def _forward(x, w, group_sizes, row_index, bias, activation, out_dtype, backend):
-    out = _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend)
+def _forward(x, w, group_sizes, row_index, bias, activation, out_dtype, backend, expected_rows):
+    out = _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend, expected_rows)
     return out, (x, w, group_sizes, row_index, bias)
 
 
-def _backward(activation, out_dtype, backend, saved, d_out):
+def _backward(activation, out_dtype, backend, expected_rows, saved, d_out):
     x, w, group_sizes, row_index, bias = saved
     experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
     in_a_group = (jnp.arange(d_out.shape[0]) < jnp.sum(group_sizes))[:, None]
@@ -124,7 +142,9 @@ def _backward(activation, out_dtype, backend, saved, d_out):
         # The product before the gate is computed again rather than kept: two wide rows a row of output.
         flat_w = w.reshape(experts, 2 * n, k)
         flat_bias = None if bias is None else bias.reshape(experts, 2 * n)
-        product = _matmul(backend, rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype)
+        product = _matmul(
+            backend, rows, flat_w, group_sizes, bias=flat_bias, out_dtype=x.dtype, expected_rows=expected_rows
+        )
         product = jnp.where(in_a_group, product, 0).reshape(-1, 2, n).astype(jnp.float32)
         (d_product,) = jax.vjp(partial(gate, activation), product)[1](d_out.astype(jnp.float32))
         d_product = d_product.reshape(-1, 2 * n)
@@ -132,7 +152,9 @@ def _backward(activation, out_dtype, backend, saved, d_out):
     else:
         w_2d = w
     d_product = jnp.where(in_a_group, d_product, 0).astype(x.dtype)
-    d_rows = _matmul(backend, d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype)
+    d_rows = _matmul(
+        backend, d_product, w_2d, group_sizes, transpose_w=True, out_dtype=x.dtype, expected_rows=expected_rows
+    )
     d_rows = jnp.where(in_a_group, d_rows, 0)
     d_x = d_rows if row_index is None else jnp.zeros(x.shape, jnp.float32).at[row_index].add(d_rows)
     d_w = _outer(backend, d_product, rows, group_sizes, out_dtype=w.dtype)

@@ -42,9 +42,12 @@ def matmul(
     activation: str | None = None,
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
+    expected_rows: int | None = None,
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """What `reference.matmul` computes, for bfloat16 and float16; rows past the groups are left as they are.
+
+    `tiling`: None for what suits `expected_rows` rows, by default all.
 
     `row_index` gathers in a separate pass: it runs at copy speed, and row-sized TMA copies inside the kernel are slower.
 
@@ -70,7 +73,8 @@ def matmul(
     elif padding:
         x = jnp.pad(x, ((0, padding), (0, 0)))
     if tiling is None:
-        tiling = choose_tiling(rows=rows, experts=w.shape[0], n=n, k=contraction, gated=activation is not None)
+        expected_rows = rows if expected_rows is None else expected_rows
+        tiling = choose_tiling(rows=expected_rows, experts=w.shape[0], n=n, k=contraction, gated=activation is not None)
     num_ctas = num_sms()
     plan = schedule.make_schedule(
         group_sizes,

@@ -22,6 +22,7 @@ def matmul(
     activation: str | None = None,
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
+    expected_rows: int | None = None,
 ) -> jax.Array:
     """`out[r] = act(x[r] @ w[e, 0].T) * (x[r] @ w[e, 1].T)` or `x[r] @ w[e].T`, e the expert of row r -> `[rows, n]`.
 
@@ -30,7 +31,7 @@ def matmul(
     """
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     n = w.shape[-1] if transpose_w else w.shape[-2]
-    block_rows = _block_rows(rows, w.shape[0])
+    block_rows = _block_rows(rows if expected_rows is None else expected_rows, w.shape[0])
 
     def step(expert: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
         source = row if row_index is None else row_index.at[row].get(mode="fill", fill_value=x.shape[0])
