@@ -36,9 +36,31 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     local = ids.reshape(pairs) - first_expert
     is_local = (local >= 0) & (local < num_local_experts)
     key = jnp.where(is_local, local, num_local_experts)
-    order = jnp.argsort(key, stable=True)  # row -> pair
-    group_sizes = jnp.zeros(num_local_experts, jnp.int32).at[key].add(1, mode="drop")
-    row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    group_sizes = jnp.sum(key[:, None] == jnp.arange(num_local_experts), axis=0, dtype=jnp.int32)
+    row_pair, row_of_pair = (_compare if pairs <= _FEW_PAIRS else _sort)(key, num_local_experts)
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
-    row_pair = jnp.pad(order.astype(jnp.int32), (0, rows - pairs))
-    return Plan(row_pair, group_sizes, pair_row)
+    return Plan(jnp.pad(row_pair, (0, rows - pairs)), group_sizes, pair_row)
+
+
+# Up to here all pairs are compared with all: a few small kernels on a GPU, where a sort is many.
+_FEW_PAIRS = 2048
+
+
+def _compare(key: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
+    """The stable order of `key [P]`, as row -> pair and pair -> row."""
+    number = jnp.arange(key.size, dtype=jnp.int32)
+    other, own = key[None, :], key[:, None]
+    before = (other < own) | ((other == own) & (number[None, :] < number[:, None]))
+    row = jnp.sum(before, axis=1, dtype=jnp.int32)
+    pair = jnp.sum(jnp.where(row[None, :] == number[:, None], number[None, :], 0), axis=1, dtype=jnp.int32)
+    return pair, row
+
+
+def _sort(key: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
+    """`_compare` for many: with its number in its low digits every key is another, and one array is all there is to sort."""
+    number = jnp.arange(key.size, dtype=jnp.int32)
+    if (num_keys + 1) * key.size < 2**31:
+        pair = jnp.sort(key * key.size + number) % key.size
+    else:
+        pair = jnp.argsort(key, stable=True).astype(jnp.int32)
+    return pair, jnp.zeros_like(number).at[pair].set(number, unique_indices=True)

@@ -5,7 +5,9 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jax_epmoe.moe import plan as plan_module
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, make_plan
 
 T, K, E = 11, 3, 8
@@ -66,3 +68,22 @@ def test_the_ranks_together_hold_every_pair_once(ids, num_local):
     np.testing.assert_array_equal(holders, (np.asarray(array) < E).astype(int))
     sizes = np.concatenate([plan.group_sizes for plan in plans])
     np.testing.assert_array_equal(sizes, np.bincount(ids, minlength=E + 1)[:E])
+
+
+@pytest.mark.parametrize("num_keys", [1, 7, 2**20], ids=["one key", "a few", "too many to pack"])
+@pytest.mark.parametrize("pairs", [1, 8, 100, 3000])
+def test_comparing_and_sorting_give_the_same_stable_order(pairs, num_keys):
+    key = jnp.asarray(np.random.default_rng(pairs).integers(0, num_keys + 1, pairs), jnp.int32)
+    expected = np.argsort(np.asarray(key), kind="stable")
+    for order in (plan_module._compare, plan_module._sort):
+        pair, row = jax.jit(order, static_argnums=1)(key, num_keys)
+        np.testing.assert_array_equal(pair, expected)
+        np.testing.assert_array_equal(np.asarray(row)[expected], np.arange(pairs))
+        assert pair.dtype == row.dtype == jnp.int32
+
+
+def test_many_pairs_are_planned_as_few_are(monkeypatch):
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, E + 1, (T, K)), jnp.int32)
+    few = make_plan(ids, 2, 4)
+    monkeypatch.setattr(plan_module, "_FEW_PAIRS", 0)
+    jax.tree.map(np.testing.assert_array_equal, make_plan(ids, 2, 4), few)
