@@ -25,6 +25,10 @@ Cache = tuple[jax.Array, ...]
 RopeTable = tuple[jax.Array, jax.Array]
 
 
+# Scores are made for as many queries at a time as fit these bytes.
+_SCORES_BYTES = 2**28
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -48,6 +52,27 @@ def attend(
     Returns:
       `[B, S, heads, Dv]` in v's dtype.
     """
+    batch, length, heads, _ = q.shape
+    parts = min(length, -(-4 * batch * heads * length * k.shape[1] // _SCORES_BYTES))
+    if parts <= 1:
+        return _attend(q, k, v, query_positions, key_positions, scale, sliding_window)
+    size = -(-length // parts)
+    padding = parts * size - length
+
+    def split(x: jax.Array) -> jax.Array:
+        """`[B, S, ...]` -> `[parts, B, size, ...]`."""
+        padded = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, parts, size, *x.shape[2:]), 1, 0)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend(part[0], k, v, part[1], key_positions, scale, sliding_window)
+
+    out = jax.lax.map(one, (split(q), split(query_positions)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, parts * size, heads, v.shape[-1])[:, :length]
+
+
+def _attend(q, k, v, query_positions, key_positions, scale, sliding_window):
+    """`attend`, with all scores at once."""
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
