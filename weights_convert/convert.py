@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from jax_epmoe.checkpoint import DTYPES as DTYPES
 from jax_epmoe.checkpoint import FORMAT_VERSION, by_layer, parameter_shapes
+from jax_epmoe.config import ModelConfig
 from jax_epmoe.models.families import family_of, read_config
-from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, pieces
+from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, mtp_tensors, pieces
 from weights_convert.safetensors_file import FLOATS, Tensor, read_checkpoint, read_json
 
 COPIED = (
@@ -43,18 +44,22 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote, and how long it took."""
+    """What a conversion wrote, what it left out knowingly, and how long it took."""
 
     parameters: int
     nbytes: int
     dtype: str
     seconds: float
+    skipped: tuple[str, ...] = ()  # tensors of layers for multi-token prediction
 
     def __str__(self) -> str:
         parameters, size, rate = (
             tqdm.format_sizeof(n) for n in (self.parameters, self.nbytes, self.nbytes / self.seconds)
         )
-        return f"{parameters} parameters, {size}B of {self.dtype}, {self.seconds:.1f} s, {rate}B/s"
+        line = f"{parameters} parameters, {size}B of {self.dtype}, {self.seconds:.1f} s, {rate}B/s"
+        if not self.skipped:
+            return line
+        return f"{line}; skipped {len(self.skipped)} tensors of multi-token prediction, such as {self.skipped[0]}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def convert(
 ) -> Summary:
     """Writes the checkpoint `src` to the folder `dst` in our format (see `jax_epmoe.checkpoint`).
 
-    Takes the memory of one layer. `dst` appears when all of it is written; a run that fails or is interrupted leaves nothing.
+    Takes the memory of one layer. Layers for multi-token prediction are left out; the summary names them. `dst` appears when
+    all of it is written; a run that fails or is interrupted leaves nothing.
 
     Args:
       src: a folder with config.json and safetensors, or, where no such folder exists, a name on the Hugging Face hub.
@@ -106,8 +112,11 @@ def convert(
     target = _check_target(Path(dst), folder)
     hf = _read_hf_config(folder)
     dtype = _choose_dtype(dtype, hf)
-    tensors = read_checkpoint(folder)
-    arrays = _match(tensors, hf, folder, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+    config, tensors = read_config(folder), read_checkpoint(folder)
+    skipped = mtp_tensors(tensors, config)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arrays = _match(kept, family_of(hf), config, stored)
     copied = [folder / name for name in COPIED if (folder / name).is_file()]
     nbytes = sum(array.nbytes for array in arrays.values())
     _check_space(target, nbytes + sum(file.stat().st_size for file in copied))
@@ -124,7 +133,7 @@ def convert(
         _write_arrays(temporary / "params", arrays, tensors, progress)
         (temporary / "epmoe.json").write_text(json.dumps(header, indent=2) + "\n")
     parameters = sum(math.prod(array.shape) for array in arrays.values())
-    return Summary(parameters, nbytes, dtype, time.perf_counter() - start)
+    return Summary(parameters, nbytes, dtype, time.perf_counter() - start, tuple(sorted(skipped)))
 
 
 def _find(src: str, revision: str | None) -> Path:
@@ -178,9 +187,8 @@ def _choose_dtype(dtype: str | None, hf: Mapping[str, Any]) -> str:
     return value
 
 
-def _match(tensors: Mapping[str, Tensor], hf: dict[str, Any], folder: Path, dtype: np.dtype) -> dict[str, _Array]:
+def _match(tensors: Mapping[str, Tensor], family: str, config: ModelConfig, dtype: np.dtype) -> dict[str, _Array]:
     """The arrays to write, by our names, once every tensor has been found to be what the model needs."""
-    family, config = family_of(hf), read_config(folder)
     shapes = parameter_shapes(config)
     wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()})
     if config.tie_word_embeddings and TIED_HEAD in tensors:

@@ -1,8 +1,10 @@
 """What each of our parameters is made from: a table of Hugging Face's tensor names for every family."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from jax_epmoe.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ _QK_NORM = {
     "layers.{i}.attention.q_norm.scale": _one(LAYER + "self_attn.q_norm.weight"),
     "layers.{i}.attention.k_norm.scale": _one(LAYER + "self_attn.k_norm.weight"),
 }
+_QKV_BIAS = {
+    "layers.{i}.attention.q_bias": _one(LAYER + "self_attn.q_proj.bias", heads=0),
+    "layers.{i}.attention.k_bias": _one(LAYER + "self_attn.k_proj.bias", heads=0),
+    "layers.{i}.attention.v_bias": _one(LAYER + "self_attn.v_proj.bias", heads=0),
+}
 _MLA = {
     "layers.{i}.attention.q_a": _one(LAYER + "self_attn.q_a_proj.weight"),
     "layers.{i}.attention.q_a_norm.scale": _one(LAYER + "self_attn.q_a_layernorm.weight"),
@@ -71,6 +78,9 @@ _MOE = {
     "layers.{i}.moe.router.weight": _one(LAYER + "mlp.gate.weight"),
     **_mlp("layers.{i}.moe", LAYER + "mlp.experts.{e}"),
 }
+_CORRECTION_BIAS = {"layers.{i}.moe.router.correction_bias": _one(LAYER + "mlp.gate.e_score_correction_bias")}
+_SHARED = _mlp("layers.{i}.moe.shared", LAYER + "mlp.shared_experts")
+_DENSE = _mlp("layers.{i}.mlp", LAYER + "mlp")
 
 FAMILIES: dict[str, dict[str, Source]] = {
     "mixtral": {
@@ -84,9 +94,37 @@ FAMILIES: dict[str, dict[str, Source]] = {
         **_MODEL,
         **_MLA,
         **_MOE,
-        **_mlp("layers.{i}.moe.shared", LAYER + "mlp.shared_experts"),
-        **_mlp("layers.{i}.mlp", LAYER + "mlp"),
+        **_SHARED,
+        **_DENSE,
     },
+    "deepseek_v3": {
+        **_MODEL,
+        **_MLA,
+        **_MOE,
+        **_CORRECTION_BIAS,
+        **_SHARED,
+        **_DENSE,
+    },
+    "glm4_moe": {
+        **_MODEL,
+        **_GQA,
+        **_QKV_BIAS,
+        **_QK_NORM,
+        **_MOE,
+        **_CORRECTION_BIAS,
+        **_SHARED,
+        **_DENSE,
+    },
+    "qwen2_moe": {
+        **_MODEL,
+        **_GQA,
+        **_QKV_BIAS,
+        **_MOE,
+        **_DENSE,
+        **_mlp("layers.{i}.moe.shared", LAYER + "mlp.shared_expert"),
+        "layers.{i}.moe.shared.output_gate": _one(LAYER + "mlp.shared_expert_gate.weight"),
+    },
+    "qwen3_moe": {**_MODEL, **_GQA, **_QK_NORM, **_MOE, **_DENSE},
 }
 
 # What old checkpoints carry although it is computed, not learnt.
@@ -94,7 +132,15 @@ IGNORED = (re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
 
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
+_THEIR_LAYER_NUMBER = re.compile(r"^model\.layers\.(\d+)\.")
 _LAYER_NUMBER = re.compile(r"^layers\.(\d+)\.")
+
+
+def mtp_tensors(names: Iterable[str], config: ModelConfig) -> set[str]:
+    """Which tensors belong to the layers for multi-token prediction, which follow the model's own."""
+    layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
+    found = ((name, _THEIR_LAYER_NUMBER.match(name)) for name in names)
+    return {name for name, number in found if number and int(number[1]) in layers}
 
 
 def pieces(family: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:

@@ -110,8 +110,16 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
         """Zeros for `batch_size` sequences of up to `length` positions, on their shards."""
+        abstract = self.abstract_cache(batch_size, length, dtype)
+        return tuple(jnp.zeros(array.shape, array.dtype, device=array.sharding) for array in abstract)
+
+    def abstract_cache(
+        self, batch_size: int, length: int, dtype: jax.typing.DTypeLike
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes, dtypes and shardings of `init_cache`."""
         sharding = NamedSharding(self.mesh, self.cache_spec)
-        return tuple(jnp.zeros((batch_size, length, *shape), dtype, device=sharding) for shape in self.cache_shapes)
+        shapes = ((batch_size, length, *shape) for shape in self.cache_shapes)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes)
 
     def __call__(
         self, x: jax.Array, rope: RopeTable, positions: jax.Array, cache: Cache | None

@@ -82,16 +82,16 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool) 
 
     Where the table is for fewer dimensions than x has, those past them stay as they are.
     """
+    rotated = 2 * table[0].shape[-1]
+    if rotated < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :rotated], table, interleaved), x[..., rotated:]], axis=-1)
     cos, sin = (t[:, :, None, :] for t in table)
-    x, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:
         first, second = jnp.split(x, 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        turned = (jnp.stack(turned, axis=-1).reshape(x.shape),)
-    return jnp.concatenate([*turned, rest], axis=-1)
+    return jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
 
 
 class Embedding(nnx.Module):

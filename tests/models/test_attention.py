@@ -11,6 +11,7 @@ from small_models import compiled, lively, numpy_attend, numpy_norm, numpy_rotat
 
 from jax_epmoe import make_mesh
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig
+from jax_epmoe.models import attention as attention_module
 from jax_epmoe.models.attention import GQA, MLA, attend
 from jax_epmoe.models.blocks import rope_frequencies, rope_table
 
@@ -46,6 +47,27 @@ def test_attend_keeps_vs_dtype_and_sums_in_float32():
     assert relative_error(got, want) < 5e-3
 
 
+@pytest.mark.parametrize("fitting", [1, 2, 3, 7], ids="{} queries at a time".format)
+def test_attend_is_the_same_for_a_few_queries_at_a_time(fitting, monkeypatch):
+    rng = np.random.default_rng(3)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, length, heads, 4)), jnp.float32) for length, heads in ((7, 4), (9, 2), (9, 2))
+    )
+    positions = jnp.asarray(rng.integers(0, 9, (2, 7))), jnp.broadcast_to(jnp.arange(9), (2, 9))
+    whole = attend(q, k, v, *positions, 0.5, 6)
+    monkeypatch.setattr(attention_module, "_SCORES_BYTES", fitting * 4 * 2 * 4 * 9)
+    np.testing.assert_allclose(attend(q, k, v, *positions, 0.5, 6), whole, rtol=1e-6, atol=1e-7)
+
+
+def test_the_memory_of_scores_is_bounded():
+    shapes = [(2, 2048, 8, 16), (2, 4096, 2, 16), (2, 4096, 2, 16)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    positions = [jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (2048, 4096)]
+    compiled = jax.jit(lambda *args: attend(*args, 0.5)).lower(*arrays, *positions).compile()
+    assert 2 * attention_module._SCORES_BYTES == 4 * 2 * 8 * 2048 * 4096
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * attention_module._SCORES_BYTES
+
+
 def test_attend_is_finite_for_scores_of_any_size():
     q, k = jnp.full((1, 2, 1, 4), 1e4), jnp.full((1, 2, 1, 4), -1e4)
     out = attend(q, k, jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None], jnp.arange(2)[None], 1.0)
@@ -53,10 +75,8 @@ def test_attend_is_finite_for_scores_of_any_size():
 
 
 def run(attention, x, rope, positions):
-    dim = getattr(attention.config, "head_dim", None) or attention.config.qk_rope_head_dim
-
     def call(attention, x, positions):
-        return attention(x, rope_table(rope, dim, positions), positions, None)[0]
+        return attention(x, rope_table(rope, attention.config.rope_dim, positions), positions, None)[0]
 
     return compiled(attention, call)(x, positions)
 
@@ -71,6 +91,8 @@ def weights_of(attention):
 
 def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
     q, k, v = (np.einsum("bsh,ndh->bsnd", x, w[name]) for name in "qkv")
+    if config.qkv_bias:
+        q, k, v = (a + w[f"{name}_bias"] for a, name in ((q, "q"), (k, "k"), (v, "v")))
     if config.qk_norm == "head":
         q, k = (numpy_norm(a, w[name], EPS) for a, name in ((q, "q_norm.scale"), (k, "k_norm.scale")))
     elif config.qk_norm == "full":
@@ -80,8 +102,13 @@ def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
         )
     if config.clip_qkv is not None:
         q, k, v = (np.clip(a, -config.clip_qkv, config.clip_qkv) for a in (q, k, v))
-    angles = positions[..., None] * rope_frequencies(rope, config.head_dim)
-    q, k = (rope.attention_factor * numpy_rotate(a, angles, rope.interleaved) for a in (q, k))
+    angles, dim = positions[..., None] * rope_frequencies(rope, config.rope_dim), config.rope_dim
+    q, k = (
+        np.concatenate(
+            [rope.attention_factor * numpy_rotate(a[..., :dim], angles, rope.interleaved), a[..., dim:]], axis=-1
+        )
+        for a in (q, k)
+    )
     scale = config.head_dim**-0.5 * rope.softmax_scale_factor
     out = numpy_attend(q, k, v, positions, positions, scale, config.sliding_window)
     return np.einsum("bsnd,hnd->bsh", out, w["o"])
@@ -94,6 +121,8 @@ def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
         {"num_kv_heads": 8},
         {"num_kv_heads": 2, "sliding_window": 2},
         {"num_kv_heads": 2, "qk_norm": "head"},
+        {"num_kv_heads": 2, "qkv_bias": True},
+        {"num_kv_heads": 2, "rotary_dim": 4},
         {"num_kv_heads": 4, "qk_norm": "full", "clip_qkv": 1.0},
         {"num_kv_heads": 1, "qk_norm": "full"},
         {"num_kv_heads": 2, "qk_norm": "head", "clip_qkv": 0.8},

@@ -42,11 +42,10 @@ def test_a_layer_has_two_all_reduces_and_no_other_collective(config, layer, coun
     model = decoder(config, *sizes)
     length, cache = (1, model.init_cache(4, 8)[layer]) if cached else (6, None)
     graphdef, state = nnx.split(model.layers[layer])
-    dim = getattr(config.attention, "head_dim", None) or config.attention.qk_rope_head_dim
 
     def call(state, x, start, cache):
         positions = start[:, None] + jnp.arange(length)
-        rope, mask = rope_table(config.rope, dim, positions), jnp.ones((4, length), bool)
+        rope, mask = rope_table(config.rope, config.attention.rope_dim, positions), jnp.ones((4, length), bool)
         return nnx.merge(graphdef, state)(x, rope, positions, mask, cache)[:2]
 
     x = jnp.zeros((4, length, config.hidden_size))

@@ -107,6 +107,15 @@ def test_rotation_is_complex_multiplication_of_pairs(interleaved):
     np.testing.assert_allclose(turned, numpy_rotate(x, angles, interleaved), atol=1e-6)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_dimensions_past_the_tables_stay_as_they_are(interleaved):
+    table = rope_table(RopeConfig(), 4, jnp.arange(3)[None])
+    x = jnp.arange(1.0, 19).reshape(1, 3, 1, 6)
+    turned = rotate(x, table, interleaved)
+    np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], table, interleaved))
+
+
 def test_pairs_are_halves_or_neighbours():
     table = (jnp.zeros((1, 1, 2)), jnp.ones((1, 1, 2)))  # a quarter turn: (a, b) becomes (-b, a)
     x = jnp.arange(1.0, 5).reshape(1, 1, 1, 4)

@@ -9,10 +9,18 @@ from flax import nnx
 from jax_epmoe import load_model, make_mesh
 from jax_epmoe.generate import Engine, SamplingParams
 
-CHECKPOINTS = ["mixtral", "olmoe", "deepseek_v2_lite", "deepseek_v2"]
 MESHES = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 1), (8, 8, 1), (2, 2, 2)]  # tp_size, ep_size, dp_size
-NUM_EXPERTS = {"mixtral": 12, "olmoe": 24, "deepseek_v2_lite": 12, "deepseek_v2": 24}
-CASES = [(name, mesh) for name in CHECKPOINTS for mesh in MESHES if NUM_EXPERTS[name] % mesh[1] == 0]
+NUM_EXPERTS = {
+    "mixtral": 12,
+    "olmoe": 24,
+    "deepseek_v2_lite": 12,
+    "deepseek_v2": 24,
+    "deepseek_v3": 16,
+    "glm4_moe": 16,
+    "qwen2_moe": 12,
+    "qwen3_moe": 16,
+}
+CASES = [(name, mesh) for name, experts in NUM_EXPERTS.items() for mesh in MESHES if experts % mesh[1] == 0]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 TOLERANCE = 1e-4
@@ -110,7 +118,7 @@ def test_greedy_tokens_of_a_ragged_batch_are_those_of_each_prompt_alone(case):
     assert np.stack(made, axis=1).tolist() == case.stored["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", NUM_EXPERTS)
 @pytest.mark.parametrize(("mesh", "max_batch_size"), [((2, 1, 1), 1), ((2, 2, 2), 4)], ids=["alone", "batched"])
 def test_the_engine_writes_the_stored_greedy_tokens(converted, expected, name, mesh, max_batch_size):
     stored = expected(name)

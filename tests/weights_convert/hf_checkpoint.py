@@ -52,11 +52,54 @@ DEEPSEEK_V2 = COMMON | {
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
 }
+DEEPSEEK_V3 = DEEPSEEK_V2 | {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+}
+GLM4_MOE = COMMON | {
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 10,
+    "moe_intermediate_size": 7,
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+}
+QWEN2_MOE = COMMON | {
+    "model_type": "qwen2_moe",
+    "num_key_value_heads": 2,
+    "decoder_sparse_step": 2,
+    "intermediate_size": 10,
+    "moe_intermediate_size": 7,
+    "shared_expert_intermediate_size": 9,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE = COMMON | {
+    "model_type": "qwen3_moe",
+    "head_dim": 6,
+    "num_key_value_heads": 2,
+    "mlp_only_layers": [0],
+    "intermediate_size": 10,
+    "moe_intermediate_size": 7,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+}
 CONFIGS = {
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v2_lite": DEEPSEEK_V2 | {"q_lora_rank": None},
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 
@@ -78,6 +121,7 @@ def tensors_and_expected(
         ours[f"{name}.w_down"] = new(f"{prefix}.{names[2]}.weight", hidden, size)
 
     hidden, heads, family = config["hidden_size"], config["num_attention_heads"], config["model_type"]
+    is_deepseek = family in ("deepseek_v2", "deepseek_v3")
     ours["embed.table"] = new("model.embed_tokens.weight", config["vocab_size"], hidden)
     ours["norm.scale"] = new("model.norm.weight", hidden)
     if not config["tie_word_embeddings"]:
@@ -91,7 +135,7 @@ def tensors_and_expected(
             weight = new(f"{attention}.{name}.weight", count * size, inputs)
             ours[f"{to}.attention.{ours_name}"] = weight.reshape(count, size, inputs)
 
-        if family == "deepseek_v2":
+        if is_deepseek:
             nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
             latent, q_rank = config["kv_lora_rank"], config["q_lora_rank"]
             if q_rank is None:
@@ -112,10 +156,18 @@ def tensors_and_expected(
             if family == "olmoe":
                 ours[f"{to}.attention.q_norm.scale"] = new(f"{attention}.q_norm.weight", heads * head_dim)
                 ours[f"{to}.attention.k_norm.scale"] = new(f"{attention}.k_norm.weight", kv_heads * head_dim)
+            if family in ("qwen2_moe", "glm4_moe"):
+                for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+                    bias = new(f"{attention}.{name}_proj.bias", count * head_dim)
+                    ours[f"{to}.attention.{name}_bias"] = bias.reshape(count, head_dim)
+            if family in ("qwen3_moe", "glm4_moe"):
+                ours[f"{to}.attention.q_norm.scale"] = new(f"{attention}.q_norm.weight", head_dim)
+                ours[f"{to}.attention.k_norm.scale"] = new(f"{attention}.k_norm.weight", head_dim)
         output = new(f"{attention}.o_proj.weight", hidden, heads * head_dim)
         ours[f"{to}.attention.o"] = output.reshape(hidden, heads, head_dim)
 
-        if i < config.get("first_k_dense_replace", 0):
+        is_sparse = i >= config.get("first_k_dense_replace", 0) and (i + 1) % config.get("decoder_sparse_step", 1) == 0
+        if not is_sparse or i in config.get("mlp_only_layers", ()):
             mlp(f"{to}.mlp", f"{layer}.mlp", config["intermediate_size"])
             continue
         moe = f"{layer}.block_sparse_moe" if family == "mixtral" else f"{layer}.mlp"
@@ -127,8 +179,14 @@ def tensors_and_expected(
             mlp(f"expert.{e}", f"{moe}.experts.{e}", size, names)
         for name in ("w_gate_up", "w_down"):
             ours[f"{to}.moe.{name}"] = np.stack([ours.pop(f"expert.{e}.{name}") for e in range(experts)])
-        if family == "deepseek_v2":
+        if family in ("deepseek_v3", "glm4_moe"):
+            bias = rng.standard_normal(experts, dtype=np.float32)  # float32, whatever the dtype of the rest
+            hf[f"{moe}.gate.e_score_correction_bias"] = ours[f"{to}.moe.router.correction_bias"] = bias
+        if is_deepseek or family == "glm4_moe":
             mlp(f"{to}.moe.shared", f"{moe}.shared_experts", size * config["n_shared_experts"])
+        if family == "qwen2_moe":
+            mlp(f"{to}.moe.shared", f"{moe}.shared_expert", config["shared_expert_intermediate_size"])
+            ours[f"{to}.moe.shared.output_gate"] = new(f"{moe}.shared_expert_gate.weight", 1, hidden)
     return hf, ours
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hf_checkpoint import BF16, CONFIGS, MIXTRAL, OLMOE, tensors_and_expected, write
+from hf_checkpoint import BF16, CONFIGS, DEEPSEEK_V3, MIXTRAL, OLMOE, tensors_and_expected, write
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 from safetensors.numpy import load_file
@@ -52,9 +52,10 @@ def test_checkpoints_as_on_the_hub_convert_and_load(tmp_path, config):
     shapes = parameter_shapes(read_config(config.parent))
     assert {name: array.shape for name, array in arrays.items()} == {name: s.shape for name, s in shapes.items()}
 
-    tied = json.loads(config.read_text()).get("tie_word_embeddings", False)
+    hf = json.loads(config.read_text())
+    left_out = (f"model.layers.{hf['num_hidden_layers']}.", *(["lm_head.weight"] if hf["tie_word_embeddings"] else []))
     stored = [load_file(file) for file in config.parent.glob("*.safetensors")]
-    elements = sum(a.size for file in stored for name, a in file.items() if not (tied and name == "lm_head.weight"))
+    elements = sum(a.size for file in stored for name, a in file.items() if not name.startswith(left_out))
     assert sum(array.size for array in arrays.values()) == elements
 
     model = load_model(tmp_path / "dst", mesh=make_mesh())
@@ -134,6 +135,17 @@ def test_known_tensors_that_are_no_parameters_are_ignored(tmp_path):
     tensors, expected = tensors_and_expected(MIXTRAL)
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     assert_same(convert(write(tmp_path / "src", MIXTRAL, tensors), tmp_path / "dst"), expected)
+
+
+def test_layers_for_multi_token_prediction_are_skipped_and_that_is_said(tmp_path, capsys):
+    tensors, expected = tensors_and_expected(DEEPSEEK_V3)
+    tensors["model.layers.2.eh_proj.weight"] = np.zeros((16, 32), BF16)
+    tensors["model.layers.2.self_attn.o_proj.weight"] = np.zeros((16, 12), BF16)
+    src = write(tmp_path / "src", DEEPSEEK_V3, tensors)
+    assert_same(convert(src, tmp_path / "dst"), expected)
+    assert main([str(src), str(tmp_path / "again")]) == 0
+    said = "skipped 2 tensors of multi-token prediction, such as model.layers.2.eh_proj.weight\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_hub_name_is_downloaded_and_its_links_are_followed(tmp_path, monkeypatch):

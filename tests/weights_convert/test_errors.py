@@ -13,7 +13,7 @@ from collections import namedtuple
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_checkpoint import DEEPSEEK_V2, MIXTRAL, OLMOE, read_index, tensors_and_expected, write, write_index
+from hf_checkpoint import DEEPSEEK_V2, DEEPSEEK_V3, MIXTRAL, OLMOE, read_index, tensors_and_expected, write, write_index
 from safetensors.numpy import load_file, save_file
 
 from weights_convert.cli import main
@@ -207,6 +207,28 @@ def test_all_of_a_kind_are_counted(tmp_path, capsys):
     tensors = {name: array for name, array in tensors.items() if "shared_experts" not in name}
     src = write(tmp_path / "src", DEEPSEEK_V2, tensors)
     assert_refused(capsys, [src, tmp_path / "dst"], r"shared_experts.* is missing.*\(and 2 more like it\)", tmp_path)
+
+
+def test_deepseek_v3_in_fp8_is_refused(tmp_path, capsys):
+    quantization = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    tensors, _ = tensors_and_expected(DEEPSEEK_V3)
+    src = write(tmp_path / "src", DEEPSEEK_V3 | {"quantization_config": quantization}, tensors)
+    line = r"quantization_config \(fp8\); only unquantised checkpoints are supported"
+    assert_refused(capsys, [src, tmp_path / "dst"], line, tmp_path)
+
+
+@pytest.mark.parametrize(("declared", "layer"), [(1, 3), (0, 2)])
+def test_layers_past_those_that_config_json_tells_are_not_skipped(tmp_path, capsys, declared, layer):
+    tensors, _ = tensors_and_expected(DEEPSEEK_V3)
+    name = f"model.layers.{layer}.enorm.weight"
+    tensors[name] = np.zeros(16, np.float32)
+    src = write(tmp_path / "src", DEEPSEEK_V3 | {"num_nextn_predict_layers": declared}, tensors)
+    assert_refused(capsys, [src, tmp_path / "dst"], f"tensor {name} .* it should not be there", tmp_path)
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, capsys):

@@ -9,8 +9,20 @@ from jax_epmoe.config import ACTIVATIONS, MLAConfig, ModelConfig, MoEConfig
 from jax_epmoe.models.families.hf import HFConfig
 
 
-def config(hf: HFConfig) -> ModelConfig:
+def latent_attention(hf: HFConfig) -> MLAConfig:
+    """DeepSeek's latent attention, the same in V2 and V3."""
     hf.must_be("attention_bias", False)
+    return MLAConfig(
+        num_heads=hf.size("num_attention_heads"),
+        kv_lora_rank=hf.size("kv_lora_rank"),
+        qk_nope_head_dim=hf.size("qk_nope_head_dim"),
+        qk_rope_head_dim=hf.size("qk_rope_head_dim"),
+        v_head_dim=hf.size("v_head_dim"),
+        q_lora_rank=hf.size("q_lora_rank", None),
+    )
+
+
+def config(hf: HFConfig) -> ModelConfig:
     hf.must_be("scoring_func", "softmax")
     hidden_size, num_layers = hf.size("hidden_size"), hf.size("num_hidden_layers")
     first_dense, every = hf.integer("first_k_dense_replace", 0), hf.size("moe_layer_freq", 1)
@@ -20,14 +32,7 @@ def config(hf: HFConfig) -> ModelConfig:
     renormalise = hf.boolean("norm_topk_prob", False) and hf.size("num_experts_per_tok") > 1
     return ModelConfig(
         **hf.common(),
-        attention=MLAConfig(
-            num_heads=hf.size("num_attention_heads"),
-            kv_lora_rank=hf.size("kv_lora_rank"),
-            qk_nope_head_dim=hf.size("qk_nope_head_dim"),
-            qk_rope_head_dim=hf.size("qk_rope_head_dim"),
-            v_head_dim=hf.size("v_head_dim"),
-            q_lora_rank=hf.size("q_lora_rank", None),
-        ),
+        attention=latent_attention(hf),
         rope=hf.rope(interleaved=True),
         moe=MoEConfig(
             hidden_size=hidden_size,

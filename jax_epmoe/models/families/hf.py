@@ -21,10 +21,22 @@ class HFConfig:
     def size(self, key: str, default: Any = _REQUIRED) -> Any:
         return self._typed(key, default, "a positive integer", lambda v: _is_integer(v) and v > 0)
 
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        return self._typed(key, default, "0 or a positive integer", lambda v: _is_integer(v) and v >= 0)
+
+    def size_of(self, key: str, other: str) -> int:
+        """A size that files have under either of two keys (transformers 5 renames some when it writes a config.json)."""
+        size, again = self.size(key, None), self.size(other, None)
+        if size is None and again is None:
+            return self.size(key)
+        if None not in (size, again) and size != again:
+            raise ValueError(f"{self._where}: {other} is {again!r}; it should be {key}'s {size!r}")
+        return size or again
+
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._typed(
             key, default, "a finite number",
-            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+            lambda v: _is_number(v) and math.isfinite(v),
         )  # fmt: skip
         return None if value is None else float(value)
 
@@ -48,6 +60,14 @@ class HFConfig:
         if value != supported:
             raise ValueError(f"{self._where}: {key} is {value!r}; only {supported!r} is supported")
 
+    def must_not_slide(self) -> None:
+        """Refuses sliding windows in a family whose files turn them on by `use_sliding_window` or `layer_types`."""
+        self.must_be("use_sliding_window", False)
+        self._typed(
+            "layer_types", None, "full_attention in every layer",
+            lambda v: isinstance(v, list) and all(kind == "full_attention" for kind in v),
+        )  # fmt: skip
+
     def common(self) -> dict[str, Any]:
         """The fields of `ModelConfig` whose keys and meanings are every family's."""
         return {
@@ -58,6 +78,27 @@ class HFConfig:
             "bos_token_id": self.integer("bos_token_id", None),
             "eos_token_ids": self.tokens("eos_token_id"),
         }
+
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Which layers hold experts by Qwen's keys: every `decoder_sparse_step`-th, save those in `mlp_only_layers`."""
+        num_layers, step = self.size("num_hidden_layers"), self.size("decoder_sparse_step", 1)
+        dense = self._typed(
+            "mlp_only_layers", (), f"a list of layers, each from 0 to {num_layers - 1}",
+            lambda v: isinstance(v, list) and all(_is_integer(i) and 0 <= i < num_layers for i in v),
+        )  # fmt: skip
+        layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+        if not any(layers):
+            key, value = ("decoder_sparse_step", step) if step > num_layers else ("mlp_only_layers", dense)
+            raise ValueError(f"{self._where}: {key} is {value!r}; it should leave experts in some layer")
+        return layers
+
+    def partial_rotary_factor(self, default: float) -> float:
+        """Which part of each head is rotated; in `rope_parameters`, or, in older files, beside it."""
+        rope = self._values.get("rope_parameters")
+        holder = rope if isinstance(rope, dict) and "partial_rotary_factor" in rope else self._values
+        return HFConfig(holder, self._where)._typed(
+            "partial_rotary_factor", default, "more than 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1
+        )
 
     def rope(self, *, interleaved: bool = False) -> RopeConfig:
         """Both `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both."""
@@ -110,6 +151,10 @@ class HFConfig:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

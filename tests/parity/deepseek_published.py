@@ -1,6 +1,6 @@
-"""DeepSeek-V2's forward pass as DeepSeek published it, in plain NumPy and float64.
+"""DeepSeek-V2's and V3's forward pass as DeepSeek published it, in plain NumPy and float64.
 
-Written from the arithmetic of the `modeling_deepseek.py` that the hub's V2 checkpoints carry, sharing no code with
+Written from the arithmetic of the `modeling_deepseek.py` that the hub's checkpoints carry, sharing no code with
 transformers or with us: `make_checkpoints.py` holds the expected logits against it. `without` leaves one step of the
 published arithmetic out, by name, to show that a checkpoint notices.
 """
@@ -9,7 +9,14 @@ import math
 
 import numpy as np
 
-STEPS = ("softmax_mscale", "cos_sin_mscale", "yarn_floor", "yarn_ceil", "yarn", "group_limit", "routed_scaling_factor")
+STEPS = {
+    "deepseek_v2": (
+        "softmax_mscale", "cos_sin_mscale", "yarn_floor", "yarn_ceil", "yarn", "group_limit", "routed_scaling_factor",
+    ),
+    "deepseek_v3": (
+        "softmax_mscale", "yarn", "correction_bias", "group_limit", "group_sum", "norm_topk_prob", "routed_scaling_factor",
+    ),
+}  # fmt: skip
 
 
 def logits(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, without: str | None = None) -> np.ndarray:
@@ -48,7 +55,13 @@ def logits(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, wit
 
     def moe(name, x):
         out = mlp(name + ".shared_experts", x)
-        for token, (ids, gates) in enumerate(zip(*_route(config, linear(name + ".gate", x), without), strict=True)):
+        if config["model_type"] == "deepseek_v3":
+            routed = _route_v3(
+                config, linear(name + ".gate", x), weights[name + ".gate.e_score_correction_bias"], without
+            )
+        else:
+            routed = _route(config, linear(name + ".gate", x), without)
+        for token, (ids, gates) in enumerate(zip(*routed, strict=True)):
             for expert, gate in zip(ids, gates, strict=True):
                 out[token] += gate * mlp(f"{name}.experts.{expert}", x[token])
         return out
@@ -76,6 +89,23 @@ def _route(config: dict, router_logits: np.ndarray, without: str | None) -> tupl
     gates = np.take_along_axis(scores, ids, -1)
     if top_k > 1 and config["norm_topk_prob"]:
         return ids, gates / (gates.sum(-1, keepdims=True) + 1e-20)
+    return ids, gates * (1.0 if without == "routed_scaling_factor" else config["routed_scaling_factor"])
+
+
+def _route_v3(
+    config: dict, router_logits: np.ndarray, bias: np.ndarray, without: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expert ids and weights, both [S, top_k]: chosen with the bias, weighted without it; normalised, then scaled."""
+    scores = 1 / (1 + np.exp(-router_logits))
+    groups = (scores if without == "correction_bias" else scores + bias).reshape(len(scores), config["n_group"], -1)
+    if without != "group_limit":
+        summed = 1 if without == "group_sum" else 2
+        worst_first = np.sort(groups, -1)[..., -summed:].sum(-1).argsort(-1)
+        np.put_along_axis(groups, worst_first[:, : -config["topk_group"], None], -np.inf, 1)
+    ids = groups.reshape(scores.shape).argsort(-1)[:, -config["num_experts_per_tok"] :]
+    gates = np.take_along_axis(scores, ids, -1)
+    if config["num_experts_per_tok"] > 1 and config["norm_topk_prob"] and without != "norm_topk_prob":
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
     return ids, gates * (1.0 if without == "routed_scaling_factor" else config["routed_scaling_factor"])
 
 
