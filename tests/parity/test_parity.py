@@ -20,7 +20,8 @@ NUM_EXPERTS = {
     "qwen2_moe": 12,
     "qwen3_moe": 16,
 }
-CASES = [(name, mesh) for name, experts in NUM_EXPERTS.items() for mesh in MESHES if experts % mesh[1] == 0]
+CASES = [(name, mesh, False) for name, experts in NUM_EXPERTS.items() for mesh in MESHES if experts % mesh[1] == 0]
+CASES += [(name, (4, 2, 1), True) for name in ("olmoe", "deepseek_v3", "qwen2_moe")]  # with data-parallel attention
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 TOLERANCE = 1e-4
@@ -36,15 +37,15 @@ def four_rows(array: np.ndarray) -> np.ndarray:
     return np.concatenate([array, array[:1]])
 
 
-def load(folder, mesh):
-    return load_model(folder, mesh=make_mesh(*mesh), dtype=jnp.float32)
+def load(folder, mesh, dp_attention=False):
+    return load_model(folder, mesh=make_mesh(*mesh), dtype=jnp.float32, dp_attention=dp_attention)
 
 
 class Case:
     """A converted checkpoint on a mesh: one program for whole sequences, one for pieces of CHUNK tokens, one for single ones."""
 
-    def __init__(self, folder, stored, mesh):
-        self.model = load(folder, mesh)
+    def __init__(self, folder, stored, mesh, dp_attention=False):
+        self.model = load(folder, mesh, dp_attention)
         self.stored = stored
         graphdef, self._state = nnx.split(self.model)
 
@@ -67,10 +68,12 @@ class Case:
         return self._step(self._state, tokens, np.asarray(start, np.int32), cache, np.asarray(num_tokens, np.int32))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}{'-dp_attention' * case[2]}"
+)
 def case(request, converted, expected):
-    name, mesh = request.param
-    return Case(converted(name), expected(name), mesh)
+    name, mesh, dp_attention = request.param
+    return Case(converted(name), expected(name), mesh, dp_attention)
 
 
 def test_whole_sequence_logits_are_the_stored_ones(case):
