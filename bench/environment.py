@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "jax_epmoe")
 
 
@@ -22,6 +23,20 @@ def environment() -> dict[str, Any]:
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         "command": shlex.join(["python", "-m", *_module_and_arguments()]),
     }
+
+
+def result_path(name: str) -> Path:
+    """Where a result of that name is kept, for this kind of device."""
+    device = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    return RESULTS / f"{name}_{device}.json"
+
+
+def require_hopper(program: str) -> None:
+    """Ends the program with status 2 and one line unless JAX's first device is a Hopper GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+        print(f"{program} needs an NVIDIA Hopper GPU; this is {device.device_kind}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _version(name: str) -> str | None:

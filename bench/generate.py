@@ -16,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 import jax_epmoe as ep
-from bench.environment import environment
+from bench.environment import environment, result_path
 from jax_epmoe.generate.engine import Engine
 from jax_epmoe.generate.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> None:
@@ -39,9 +38,7 @@ def main() -> None:
     parser.add_argument("--output-length", type=int, default=64 if on_gpu else 16)
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after model and device")
     args = parser.parse_args()
-    if args.output is None:
-        device = jax.devices()[0].device_kind.lower().replace(" ", "-")
-        args.output = RESULTS / f"generate_{args.model.resolve().name}_{device}.json"
+    args.output = args.output or result_path(f"generate_{args.model.resolve().name}")
 
     mesh = ep.make_mesh(args.tp_size, args.ep_size, args.dp_size)
     decoder = ep.dummy_model(args.model, mesh=mesh, dtype=args.dtype, dp_attention=args.enable_dp_attention)

@@ -12,11 +12,9 @@ CUDA graph). `floor` is the larger of operations / dense rate and needed bytes /
 import argparse
 import fnmatch
 import os
-import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import roofline
-from bench.environment import environment
+from bench.environment import environment, require_hopper
 from bench.peers import ROOT, Candidate, TorchProcess, jax_peers
 from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, PEERS, Shape, failure
+from bench.timing import ceilings, normal, times
 from jax_epmoe import grouped_gemm
 
 BACKEND = "hopper"
@@ -38,15 +37,9 @@ BACKEND = "hopper"
 def main() -> None:
     args = _arguments()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch's process needs memory too
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-        print(f"bench.grouped_gemm needs an NVIDIA Hopper GPU; this is {device.device_kind}", file=sys.stderr)
-        sys.exit(2)
-    bench = Bench(args)
-    try:
+    require_hopper("bench.grouped_gemm")
+    with closing(Bench(args)) as bench:
         bench.run()
-    finally:
-        bench.close()
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,10 +78,10 @@ class Inputs:
         self.iterations = roofline.iterations(shape, len(self.rotation))
         self.index = roofline.row_index(shape.tokens, self.group_sizes)
         copies = range(len(self.rotation))
-        w = _normal(0, (shape.experts, shape.n, shape.k), shape.k**-0.5)
+        w = normal(0, (shape.experts, shape.n, shape.k), shape.k**-0.5)
         self.arrays: dict[str, list[Any]] = {
-            "x": [_normal(2 * i + 1, (shape.rows, shape.k)) for i in copies],
-            "tokens": [_normal(2 * i + 2, (shape.tokens, shape.k)) if shape.is_up else None for i in copies],
+            "x": [normal(2 * i + 1, (shape.rows, shape.k)) for i in copies],
+            "tokens": [normal(2 * i + 2, (shape.tokens, shape.k)) if shape.is_up else None for i in copies],
             "index": [jnp.asarray(self.index)] * len(copies),
             "sizes": [jnp.asarray(sizes) for sizes in self.rotation],
             "w": [w] * len(copies),
@@ -120,11 +113,6 @@ class Inputs:
         return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _normal(seed: jax.typing.ArrayLike, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-    return (jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16) * scale).astype(jnp.bfloat16)
-
-
 @jax.jit
 def _read(out: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out[rows], jnp.isnan(out).any()
@@ -154,68 +142,6 @@ def ours(shape: Shape) -> list[Candidate]:
     return candidates
 
 
-class Rotation:
-    """A compiled function that takes its next arguments from a list whenever it is called: what `measure` can time."""
-
-    def __init__(self, compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]]) -> None:
-        self._compiled, self._arguments, self._calls = compiled, arguments, 0
-
-    def __call__(self) -> Any:
-        self._calls += 1
-        return self._compiled(*self._arguments[self._calls % len(self._arguments)])
-
-    trace = lower = __call__  # never called; `measure` would jit what lacks them
-
-
-def times(compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int) -> dict[str, Any]:
-    """Microseconds a call: all kernels, the longest kernel, and on the stream."""
-    stream = _stream_us(compiled, arguments, iterations)
-    result: dict[str, Any] = {"device_us": stream["stream_us"], "main_us": None, **stream, "method": "stream"}
-    try:
-        result.update(_kernel_us(compiled, arguments, iterations))
-    except Exception as error:  # another profiler is attached, or not every call launched the same kernels
-        tqdm.write(f"  no kernel times: {failure(error)['failed']}")
-    return result
-
-
-def _stream_us(
-    compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int
-) -> dict[str, float]:
-    """Calls back to back. Where `dispatch_us` comes near `stream_us`, it is the host that the calls wait for."""
-    call, runs = Rotation(compiled, arguments), []
-    jax.block_until_ready(call())
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(iterations):
-            out = call()
-        dispatched = time.perf_counter()
-        jax.block_until_ready(out)
-        runs.append((time.perf_counter() - start, dispatched - start))
-    stream, dispatch = (1e6 * value / iterations for value in min(runs))
-    return {"stream_us": stream, "dispatch_us": dispatch}
-
-
-def _kernel_us(
-    compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int
-) -> dict[str, Any]:
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, runs = profiler.measure(Rotation(compiled, arguments), aggregate=False, iterations=iterations)()
-    if not runs:
-        raise RuntimeError("CUPTI saw no kernel")
-    totals = [1e3 * sum(ms for _, ms in run) for run in runs]
-    each = [1e3 * statistics.median(kernel) for kernel in zip(*([ms for _, ms in run] for run in runs), strict=True)]
-    names = [name for name, _ in runs[0]]
-    return {
-        "device_us": statistics.median(totals),
-        "device_us_min": min(totals),
-        "device_us_max": max(totals),
-        "main_us": max(each),
-        "kernels": [{"name": name[:60], "us": us} for name, us in zip(names, each, strict=True)][:20],
-        "method": "kernel times",
-    }
-
-
 class Bench:
     """One run: what it was asked for, what it has seen, the functions that it has compiled."""
 
@@ -236,11 +162,8 @@ class Bench:
     def run(self) -> None:
         if self.torch:
             self.torch.connect()
-        versions = self.torch.versions if self.torch else {}
-        if "failed" in versions:
-            print(f"torch's peers: {versions['failed']}")
-            versions = {}
         tokamax = roofline.version("tokamax")
+        versions = self.torch.told_versions() if self.torch else {}
         self.result["peer_versions"] = {**versions, **({"tokamax": tokamax} if tokamax else {})}
         self.result["ceilings"] = self.ceilings()
         print(roofline.head(self.result))
@@ -259,19 +182,10 @@ class Bench:
             roofline.save(self.result, self.args.output)
         print(f"\n{roofline.head(self.result)}\n{roofline.summary_table(self.result)}")
         if self.result["cases"]:
-            self.plot()
+            roofline.try_plot(roofline.plot, self.result, self.args.output)
 
     def ceilings(self) -> dict[str, Any]:
-        """The dense bf16 rate and the copy rate: the better of JAX's and torch's."""
-        a, b = (_normal(i, (8192, 8192)) for i in range(2))
-        big = _normal(2, (2**29,))
-        dense = times(jax.jit(jnp.dot).lower(a, b).compile(), [(a, b)], 21)["device_us"]
-        copy = times(jax.jit(jnp.negative).lower(big).compile(), [(big,)], 11)["device_us"]
-        seen = {"jax": {"dense_tflops": 2 * 8192**3 / dense * 1e-6, "copy_gbs": 2 * big.nbytes / copy * 1e-3}}
-        answer = self.torch.ask({"ceilings": True}) if self.torch else {"failed": "not asked for"}
-        if "failed" not in answer:
-            seen["torch"] = answer
-        return {key: max(each[key] for each in seen.values()) for key in ("dense_tflops", "copy_gbs")} | {"seen": seen}
+        return ceilings(self.torch.ask({"ceilings": True}) if self.torch else {"failed": "not asked for"})
 
     def case(self, shape: Shape, load: str) -> dict[str, Any]:
         """Times everything on one shape and load; its arrays are gone when this returns."""
@@ -335,14 +249,6 @@ class Bench:
             return {**times(compiled, arguments, inputs.iterations), "error": error, "config": candidate.config}
         except Exception as problem:
             return failure(problem)
-
-    def plot(self) -> None:
-        path = self.args.output.with_suffix(".png")
-        try:
-            roofline.plot(self.result, path)
-            print(f"wrote {self.args.output} and {path}")
-        except ImportError:
-            print(f"wrote {self.args.output}; no plot: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What people would use instead of our grouped GEMM: torch's and DeepGEMM's in their own process, JAX's beside ours.
+"""What people would use instead of our kernels: torch's libraries in a process of their own, JAX's beside ours.
 
 `python -m bench.peers` is that process: it reads one request a line from stdin and answers each with one line of JSON,
 so that neither framework disturbs the other's memory or profiler. A first line says what is installed.
 
     {"ceilings": true}                                             -> {"dense_tflops": ..., "copy_gbs": ...}
     {"sizes": [[...], ...], "k": ..., "n": ..., "iterations": ...} -> {"torch._grouped_mm": {...}, "DeepGEMM": {...}}
+    {"layer": {...}}, the arguments of `torch_layer.layer_case`    -> {"torch layer": {...}, ...}
 """
 
 import contextlib
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import roofline
+from bench import roofline, torch_layer
 from bench.roofline import DEEPGEMM, MGPU, RAGGED_DOT, TOKAMAX, TORCH, Shape, failure, version
+from bench.torch_timing import graph_us, torch_times
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = 9
 
 
 class Candidate(NamedTuple):
@@ -125,6 +126,13 @@ class TorchProcess:
         """Waits for its first line: `versions`, or `{"failed": why}`."""
         self.versions = self._receive(180)
 
+    def told_versions(self) -> dict[str, Any]:
+        """`versions`; none, after a line that says why, where there is no torch to ask."""
+        if "failed" not in self.versions:
+            return self.versions
+        print(f"torch's peers: {self.versions['failed']}")
+        return {}
+
     @staticmethod
     def _read(stream: Any, lines: queue.Queue[str]) -> None:
         for line in stream:
@@ -178,14 +186,20 @@ def main() -> None:
     except Exception as error:
         answer(failure(error))
         return
-    answer({name: found for name in ("torch", "deep_gemm", "triton") if (found := version(name))})
+    answer({name: found for name in ("torch", "deep_gemm", "triton", "vllm", "sglang") if (found := version(name))})
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer(_torch_ceilings() if "ceilings" in request else _torch_case(**request))
+            answer(_torch_answer(request))
         except Exception as error:
             answer(failure(error))
         torch.cuda.empty_cache()
+
+
+def _torch_answer(request: dict[str, Any]) -> dict[str, Any]:
+    if "ceilings" in request:
+        return _torch_ceilings()
+    return torch_layer.layer_case(**request["layer"]) if "layer" in request else _torch_case(**request)
 
 
 def _torch_ceilings() -> dict[str, float]:
@@ -194,8 +208,8 @@ def _torch_ceilings() -> dict[str, float]:
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    product_us = statistics.median(_graph_us([lambda: torch.mm(a, b)], 10))
-    copy_us = statistics.median(_graph_us([lambda: target.copy_(source)], 10))
+    product_us = statistics.median(graph_us([lambda: torch.mm(a, b)], 10))
+    copy_us = statistics.median(graph_us([lambda: target.copy_(source)], 10))
     return {"dense_tflops": 2 * 8192**3 / product_us * 1e-6, "copy_gbs": 2 * source.nbytes / copy_us * 1e-3}
 
 
@@ -211,7 +225,7 @@ def _torch_case(sizes: list[list[int]], k: int, n: int, iterations: int, peers: 
         try:
             prepared = {TORCH: _grouped_mm, DEEPGEMM: _deep_gemm}[name](xs, w, sizes)
             error = _torch_error(prepared.read, xs[0], w, np.array(sizes[0]))
-            results[name] = {**_torch_times(prepared.calls, iterations), "error": error, "config": prepared.config}
+            results[name] = {**torch_times(prepared.calls, iterations), "error": error, "config": prepared.config}
         except Exception as problem:
             results[name] = failure(problem)
             torch.cuda.synchronize()  # raises, and so ends the process, if the device is lost
@@ -284,65 +298,6 @@ def _torch_error(read: Callable[[], Any], x: Any, w: Any, sizes: np.ndarray) -> 
         difference += float((out[index].double() - expected).square().sum())
         reference += float(expected.square().sum())
     return (difference / reference) ** 0.5
-
-
-def _torch_times(calls: Sequence[Callable[[], Any]], iterations: int) -> dict[str, Any]:
-    """Microseconds a call: of kernels alone, and of a CUDA graph's replays, gaps included."""
-    stream = _graph_us(calls, max(1, iterations // len(calls)))
-    kernels: list[tuple[float, float]] = []
-    with contextlib.suppress(Exception):  # no profiler: replays will do
-        kernels = _kernel_us(calls, iterations)
-    totals = sorted(total for total, _ in kernels) or stream
-    return {
-        "device_us": statistics.median(totals),
-        "device_us_min": totals[0],
-        "device_us_max": totals[-1],
-        "main_us": statistics.median(main for _, main in kernels) if kernels else None,
-        "stream_us": statistics.median(stream),
-        "method": "kernel times" if kernels else "CUDA graph replays",
-    }
-
-
-def _graph_us(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Sorted times a call of replays of one CUDA graph that makes each of `calls` `repeats` times."""
-    import torch
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in [*calls] * repeats:
-            call()
-    times = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(RUNS + 2):
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    return sorted(times[2:])
-
-
-def _kernel_us(calls: Sequence[Callable[[], Any]], iterations: int) -> list[tuple[float, float]]:
-    """For each of `iterations` calls, the sum of its kernels' times and the longest; empty if calls look different."""
-    import torch
-    from torch.autograd import DeviceType
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(iterations):
-            calls[i % len(calls)]()
-        torch.cuda.synchronize()
-    ranges = [event.time_range for event in profile.events() if event.device_type == DeviceType.CUDA]
-    durations = [each.elapsed_us() for each in sorted(ranges, key=lambda each: each.start)]
-    each, rest = divmod(len(durations), iterations)
-    if not each or rest:
-        return []
-    groups = [durations[i : i + each] for i in range(0, len(durations), each)]
-    return [(sum(group), max(group)) for group in groups]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Nothing here needs JAX or torch: both processes of `bench.grouped_gemm` share it
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -144,15 +144,20 @@ class Work(NamedTuple):
 
 
 def work(shape: Shape, sizes: np.ndarray, *, gated: bool = False, index: np.ndarray | None = None) -> Work:
+    """`product_work` of a shape."""
+    return product_work(sizes, shape.k, shape.n, gated=gated, index=index)
+
+
+def product_work(sizes: np.ndarray, k: int, n: int, *, gated: bool = False, index: np.ndarray | None = None) -> Work:
     """Counts the weights of experts that have rows, and with `index` the tokens that some row is a copy of.
 
     Example: sizes (3, 0, 1), k 16, n 8: 2 * 4 * 16 * 8 = 1024 operations, 2 * (4*16 + 2*8*16 + 4*8) = 704 bytes.
     """
     rows, used = int(sizes.sum()), int(np.count_nonzero(sizes))
     x_rows, index_bytes = (rows, 0) if index is None else (len(np.unique(index)), index.nbytes)
-    out_columns = shape.n // 2 if gated else shape.n
-    elements = x_rows * shape.k + used * shape.n * shape.k + rows * out_columns
-    return Work(2 * rows * shape.n * shape.k, _ELEMENT * elements + index_bytes)
+    out_columns = n // 2 if gated else n
+    elements = x_rows * k + used * n * k + rows * out_columns
+    return Work(2 * rows * n * k, _ELEMENT * elements + index_bytes)
 
 
 def rotation(shape: Shape, sizes: np.ndarray) -> list[np.ndarray]:
@@ -213,16 +218,20 @@ def rate(result: dict[str, Any], todo: Work, ceilings: dict[str, float]) -> dict
     }
 
 
-def rank(result: dict[str, Any]) -> tuple[bool, bool, float]:
-    """Orders results: right before wrong before failed, then by time."""
-    return "failed" in result, result.get("error", 1) >= TOLERANCE, result.get("device_us", math.inf)
+def rank(result: dict[str, Any], tolerance: float = TOLERANCE) -> tuple[bool, bool, float]:
+    """Orders results: right before wrong (NaN is) before failed, then by time."""
+    return "failed" in result, not result.get("error", 1) < tolerance, result.get("device_us", math.inf)
+
+
+def best_of(results: dict[str, dict[str, Any]], tolerance: float = TOLERANCE) -> tuple[str, dict[str, Any]] | None:
+    """The fastest of the results whose numbers are right, and its name."""
+    best = min(results.items(), key=lambda item: rank(item[1], tolerance), default=None)
+    return best if best and rank(best[1], tolerance)[:2] == (False, False) else None
 
 
 def best_peer(case: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The fastest peer whose numbers are right."""
-    peers = [(name, result) for name, result in case["results"].items() if name in PEERS]
-    best = min(peers, key=lambda item: rank(item[1]), default=None)
-    return best if best and rank(best[1])[:2] == (False, False) else None
+    return best_of({name: result for name, result in case["results"].items() if name in PEERS})
 
 
 def ratio(case: dict[str, Any], key: str = "device_us") -> float | None:
@@ -255,7 +264,7 @@ def case_table(case: dict[str, Any]) -> str:
             continue
         wrong = "" if result["error"] < TOLERANCE else "  WRONG"
         lines.append(
-            f"  {name:20}{result['device_us']:10.1f}{_number(result['main_us'], 9)}{_number(result['stream_us'], 9)}"
+            f"  {name:20}{result['device_us']:10.1f}{number(result['main_us'], 9)}{number(result['stream_us'], 9)}"
             f"{result['tflops']:9.1f}{result['gbs']:7.0f}{result['share']:7.0%}{result['error']:9.1e}"
             f"  {result.get('config') or ''}{wrong}"
         )
@@ -276,15 +285,15 @@ def summary_table(result: dict[str, Any]) -> str:
             lines.append(f"{line}{ours['failed'][:60]}")
             continue
         line += f"{ours['device_us']:8.1f}{ours['tflops']:8.1f}{ours['gbs']:6.0f}{ours['share']:6.0%}"
-        line += f"{_number(ours['share_main'], 6, '.0%')}{_number(ratio(case), 7, '.2f')}"
+        line += f"{number(ours['share_main'], 6, '.0%')}{number(ratio(case), 7, '.2f')}"
         for name in (GATED, GATHER):
             other = results.get(name, {}).get("device_us")
-            line += _number(other / ours["device_us"] - 1 if other else None, 7, "+.0%")
+            line += number(other / ours["device_us"] - 1 if other else None, 7, "+.0%")
         lines.append(f"{line}  {best[0] if best else '-'}")
     return "\n".join(lines)
 
 
-def _number(value: float | None, width: int, spec: str = ".1f") -> str:
+def number(value: float | None, width: int, spec: str = ".1f") -> str:
     return f"{'-' if value is None else format(value, spec):>{width}}"
 
 
@@ -294,6 +303,16 @@ def save(result: dict[str, Any], path: Path) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def try_plot(draw: Callable[[dict[str, Any], Path], None], result: dict[str, Any], output: Path) -> None:
+    """Draws a result that was saved as `output` beside it, and says what was written."""
+    path = output.with_suffix(".png")
+    try:
+        draw(result, path)
+        print(f"wrote {output} and {path}")
+    except ImportError:
+        print(f"wrote {output}; no plot: matplotlib is not installed")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import grouped_gemm, peers, roofline
+from bench import grouped_gemm, peers, roofline, timing
 from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, RAGGED_DOT, TORCH, Shape
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_a_wrong_output_is_seen(tiny, monkeypatch):
 
 
 def test_consecutive_runs_take_their_arguments_in_turn():
-    call = grouped_gemm.Rotation(lambda a: a, [(0,), (1,), (2,)])
+    call = timing.Rotation(lambda a: a, [(0,), (1,), (2,)])
     assert isinstance(call, jax.stages.Wrapped)  # or the profiler would jit it, once for all
     assert [call() for _ in range(5)] == [1, 2, 0, 1, 2]
 

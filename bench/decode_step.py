@@ -1,0 +1,206 @@
+"""A whole model's decode step on a Hopper GPU: random weights of a real model's size, against the bytes that it must read.
+
+    python -m bench.decode_step                                  # OLMoE, DeepSeek-V2-Lite, Qwen3-30B-A3B
+    python -m bench.decode_step --models bench/configs/olmoe-1b-7b --batch-size 64 --context 1024
+
+The step is the engine's own program (greedy, sampling included), every sequence at the end of its context. `step` is a step's
+time on the stream, gaps included; `kernels` the sum of its kernel times. `floor`: the weights that a step uses (of
+experts, those that some token chose), and the cache up to each sequence's end, once, at the copy rate measured here.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import jax_epmoe as ep
+from bench import roofline, scopes
+from bench.environment import environment, require_hopper, result_path
+from bench.layer_tables import MOE_SCOPES
+from bench.roofline import failure, number
+from bench.timing import ceilings
+from jax_epmoe.generate.batching import make_requests, plan_batches
+from jax_epmoe.generate.engine import Engine, _start
+from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.models.decoder import Decoder
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+MODELS = ("olmoe-1b-7b", "deepseek-v2-lite", "qwen3-30b-a3b")
+DTYPE = "bfloat16"
+ITERATIONS = 8
+CALLS = 5 * ITERATIONS + 3  # of `scopes.measure`
+
+
+def main() -> None:
+    args = _arguments()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # Qwen3-30B takes 57 GiB
+    require_hopper("bench.decode_step")
+    run(args)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = [CONFIGS / name for name in MODELS]
+    parser.add_argument("--models", type=Path, nargs="+", default=defaults, help="folders with a config.json")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1024, help=f"at least {CALLS + 2}")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start no model after")
+    parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
+    args = parser.parse_args()
+    if args.context < CALLS + 2:
+        parser.error(f"--context is {args.context}; it should be at least {CALLS + 2}: {CALLS} steps are run")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + args.time_limit
+    output = args.output or result_path("decode_step")
+    result: dict[str, Any] = {"format": 1, **environment(), "peer_versions": {}, "ceilings": ceilings_here()}
+    result |= {"batch_size": args.batch_size, "context": args.context, "models": []}
+    for folder in tqdm(args.models, desc="models"):
+        if time.monotonic() > deadline:
+            tqdm.write(f"time limit of {args.time_limit:.0f} s: {folder.name} and what follows left out")
+            break
+        try:
+            seen = measure(folder, args.batch_size, args.context, result["ceilings"]["copy_gbs"])
+        except Exception as error:  # memory: the next model may fit
+            seen = failure(error)
+        gc.collect()
+        result["models"].append({"model": folder.name, **seen})
+        roofline.save(result, output)
+    print(f"{roofline.head(result)}\n{table(result)}\nwrote {output}")
+
+
+def ceilings_here() -> dict[str, Any]:
+    return ceilings({"failed": "not asked for"})
+
+
+class Step:
+    """A decode step that goes on from where the last one ended."""
+
+    def __init__(self, model: Decoder, batch_size: int, context: int) -> None:
+        self.start = context - CALLS - 1  # the first new token comes with the prompt
+        engine = Engine(model, max_batch_size=batch_size, context_length=context)
+        random = np.random.default_rng(0)
+        prompts = random.integers(0, model.config.vocab_size, (batch_size, self.start)).tolist()
+        (batch,) = plan_batches(
+            make_requests(
+                prompts,
+                SamplingParams(max_new_tokens=CALLS + 1, ignore_eos=True),
+                context_length=context,
+                eos_token_ids=engine.eos_token_ids,
+            ),
+            max_batch_size=batch_size,
+            replicas=model.batch_multiple,
+            prefill_chunk=engine.prefill_chunk,
+            context_length=context,
+        )
+        wishes, rows = _start(batch)
+        prefilled = dataclasses.replace(
+            rows,
+            token=batch.column([prompt[-1] for prompt in prompts], np.int32),
+            length=batch.column([self.start] * batch_size, np.int32),
+            made=batch.column([1] * batch_size, np.int32),
+        )
+        self.wishes, self.rows = jax.tree.map(engine._put, (wishes, prefilled))
+        self.program: Any = engine._program(batch, None)
+        self._weights = engine._weights
+        self.cache = jax.tree.map(_random_like, model.init_cache(batch.size, batch.cache_length))
+
+    def __call__(self) -> jax.Array:
+        self.cache, self.rows, out = self.program(self._weights, self.cache, self.rows, self.wishes)
+        return out
+
+
+def _random_like(zeros: jax.Array) -> jax.Array:
+    draw = jax.jit(
+        lambda a: jax.random.normal(jax.random.key(0, impl="rbg"), a.shape, a.dtype),
+        donate_argnums=0,
+        out_shardings=zeros.sharding,
+    )
+    return draw(zeros)
+
+
+def measure(folder: Path, batch_size: int, context: int, copy_gbs: float) -> dict[str, Any]:
+    """One model's times and what they should be, in microseconds; its weights are gone when this returns."""
+    model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype=DTYPE)
+    started = time.perf_counter()
+    step = Step(model, batch_size, context)
+    compile_seconds = time.perf_counter() - started
+    timed = scopes.measure(step.program, [()], ITERATIONS, (*MOE_SCOPES, "sample"), run=step)
+    parts = timed["parts"]
+    used = used_experts(model, step.rows.token)
+    weight_bytes = weight_bytes_read(model, used, batch_size)
+    cache_bytes = cache_bytes_read(step.cache, step.start)
+    return {
+        "step_us": timed["stream_us"],
+        "kernels_us": timed["device_us"],
+        "method": timed["method"],
+        "dispatch_us": timed["dispatch_us"],
+        "floor_us": (weight_bytes + cache_bytes) / copy_gbs * 1e-3,
+        "weight_bytes": weight_bytes,
+        "cache_bytes": cache_bytes,
+        "experts_used": float(used.mean()),
+        "parts": parts,
+        "moe_us": sum(parts.get(name, 0) for name in MOE_SCOPES) if parts else None,
+        "kernels": timed.get("kernels", []),
+        "compile_seconds": round(compile_seconds, 1),
+    }
+
+
+def used_experts(model: Decoder, tokens: jax.Array) -> np.ndarray:
+    """How many experts of each MoE layer these tokens `[B]` choose, each as a sequence of its own."""
+    graphdef, state = nnx.split(model)
+    load = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).with_load(tokens)[1])(state, tokens[:, None])
+    return np.count_nonzero(np.asarray(load), axis=1)
+
+
+def weight_bytes_read(model: Decoder, used: np.ndarray, batch_size: int) -> int:
+    """Of all weights; of `used[i]` experts in the i-th MoE layer; of an embedding that is no head, a row for each sequence."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    table = model.embed.table[...]
+    if model.head is not None:
+        total -= (len(table) - batch_size) * (table.nbytes // len(table))
+    moe_layers = [layer.moe for layer in model.layers if layer.has_experts]
+    for moe, count in zip(moe_layers, used, strict=True):
+        for experts in (moe.w_gate_up[...], moe.w_down[...]):
+            total -= (len(experts) - int(count)) * (experts.nbytes // len(experts))
+    return total
+
+
+def cache_bytes_read(cache: Any, positions: int) -> int:
+    """Of every sequence's first `positions`; arrays are `[B, L, ...]`."""
+    return sum(leaf.nbytes // leaf.shape[1] * positions for leaf in jax.tree.leaves(cache))
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line a model, in ms."""
+    lines = [
+        f"batch {result['batch_size']}, context {result['context']}; ms",
+        f"{'model':18}{'step':>8}{'kernels':>9}{'floor':>8}{'x floor':>9}{'MoE':>8}{'weights GB':>12}{'cache GB':>10}",
+    ]
+    for row in result["models"]:
+        if "failed" in row:
+            lines.append(f"{row['model']:18}{row['failed']}")
+            continue
+        moe = None if row["moe_us"] is None else row["moe_us"] / 1e3
+        lines.append(
+            f"{row['model']:18}{row['step_us'] / 1e3:8.3f}{row['kernels_us'] / 1e3:9.3f}{row['floor_us'] / 1e3:8.3f}"
+            f"{row['step_us'] / row['floor_us']:9.2f}{number(moe, 8, '.3f')}{row['weight_bytes'] / 1e9:12.2f}"
+            f"{row['cache_bytes'] / 1e9:10.2f}"
+        )
+        parts = ", ".join(f"{name} {us / 1e3:.3f}" for name, us in row["parts"].items())
+        lines += [f"  {parts}"] if parts else []
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

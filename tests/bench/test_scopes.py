@@ -1,0 +1,104 @@
+"""How a profile's time is divided over named scopes: on events and a program made up, and on a profile that the CPU records."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import scopes
+from bench.scopes import Event
+
+HLO = """\
+HloModule jit_layer, is_scheduled=true
+
+%fused_computation (param_0: f32[4]) -> bf16[4] {
+  %param_0 = f32[4]{0} parameter(0)
+  %multiply.1 = f32[4]{0} multiply(%param_0, %param_0), metadata={op_name="jit(layer)/while/body/combine/mul" stack_frame_id=3}
+  ROOT %convert.1 = bf16[4]{0} convert(%multiply.1), metadata={op_name="jit(layer)/convert_element_type"}
+}
+
+%body (arg: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %custom-call.2 = f32[4]{0} custom-call(%x), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(layer)/while/body/gate_up/jit(_run)/pallas_call"}
+  ROOT %tuple = (s32[], f32[4]) tuple(%i, %custom-call.2)
+}
+
+ENTRY %main.7 (x.1: f32[4]) -> bf16[4] {
+  %x.1 = f32[4]{0} parameter(0), metadata={op_name="x"}
+  %while.3 = (s32[], f32[4]) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(layer)/while"}
+  ROOT %loop_convert_fusion = bf16[4]{0} fusion(%gte), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(layer)/convert_element_type"}
+}
+"""
+NAMES = ("gate_up", "combine")
+
+
+def test_an_instruction_has_the_scope_that_it_was_written_in_or_that_of_what_it_fuses():
+    found = scopes.scopes(HLO, NAMES)
+    assert found == {"multiply.1": "combine", "custom-call.2": "gate_up", "loop_convert_fusion": "combine"}
+
+
+def test_what_runs_inside_a_loops_event_counts_once():
+    host = [
+        Event("while.3", 0, 10_000),
+        Event("custom-call.2", 1_000, 3_000),
+        Event("custom-call.2", 5_000, 4_000),
+        Event("loop_convert_fusion", 10_000, 2_000),
+    ]
+    stream = [Event("custom-call.2", 0, 1_500)]
+    total = scopes.divide([host, stream], scopes.scopes(HLO, NAMES))
+    assert total == pytest.approx({"gate_up": 8.5, "combine": 2.0, "other": 3.0})
+
+
+def layer(x):
+    with jax.named_scope("router"):
+        y = jnp.sort(x, axis=0)
+
+    def body(_, carry):
+        with jax.named_scope("gate_up"):
+            return jnp.tanh(carry @ x)
+
+    y = jax.lax.fori_loop(0, jnp.int32(y[0, 0] * 0 + 3), body, y)
+    return y + 1
+
+
+def test_a_recorded_profile_is_divided_over_the_scopes():
+    x = jnp.ones((256, 256))
+    compiled = jax.jit(layer).lower(x).compile()
+    measured = scopes.measure(compiled, [(x,)], 3, ("router", "gate_up", "down"))
+    assert set(measured["parts"]) == {"router", "gate_up", "other"}
+    assert all(us > 0 for us in measured["parts"].values())
+    assert measured["device_us"] == pytest.approx(sum(measured["parts"].values()))
+    assert measured["stream_us"] > 0
+
+
+def test_without_a_profile_the_whole_is_told_alone(monkeypatch, capsys):
+    monkeypatch.setattr(scopes, "lines", lambda profile: [])
+    x = jnp.ones((8, 8))
+    measured = scopes.measure(jax.jit(layer).lower(x).compile(), [(x,)], 2, NAMES)
+    assert measured["parts"] == {}
+    assert measured["device_us"] == measured["stream_us"]
+    assert "no parts: RuntimeError: the profile has no event" in capsys.readouterr().out
+
+
+def test_of_a_gpus_profile_only_the_streams_count():
+    class Line:
+        def __init__(self, name, *ops):
+            self.name = name
+            self.events = [_event(op) for op in ops]
+
+    class Plane:
+        def __init__(self, name, *lines):
+            self.name, self.lines = name, lines
+
+    class Profile:
+        planes = (
+            Plane("/host:CPU", Line("python", "custom-call.2")),
+            Plane(
+                "/device:GPU:0", Line("Stream #13(Compute)", "custom-call.2", None), Line("XLA Ops", "custom-call.2")
+            ),
+        )
+
+    assert list(scopes.lines(Profile)) == [[Event("custom-call.2", 0, 5)]]
+
+
+def _event(op):
+    stats = [("hlo_module", "jit_layer"), *([("hlo_op", op)] if op else [])]
+    return type("E", (), {"start_ns": 0, "duration_ns": 5, "stats": stats})
