@@ -58,9 +58,9 @@ def load_model(
       ValueError: not a checkpoint of this format, a damaged one, or a mesh that does not divide the model.
     """
     path = Path(path)
-    stored_dtype = _read_header(path)["dtype"]
+    stored_dtype = read_header(path)["dtype"]
     config = read_config(path)
-    graphdef, state = _abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend, dp_attention)
+    graphdef, state = abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend, dp_attention)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
     arrays = _restore(path, parameter_shapes(config), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
@@ -87,17 +87,20 @@ def dummy_model(
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The name and unpadded shape of each array of a model's checkpoint; float32 where that is kept, else bfloat16."""
-    _, state = _abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16))
+    _, state = abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16))
     return {
         _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
         for keys, variable in nnx.to_flat_state(state)
     }
 
 
-def _abstract_model(
-    config: ModelConfig, mesh: Mesh, dtype: Any, backend: str | None = None, dp_attention: bool = False
+def abstract_model(
+    config: ModelConfig, mesh: Any, dtype: Any, backend: str | None = None, dp_attention: bool = False
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model without its weights: shapes, dtypes and shardings, no memory."""
+    """The model without its weights: shapes, dtypes and shardings, no memory.
+
+    With a backend given, the mesh may be a `jax.sharding.AbstractMesh`, which takes no devices.
+    """
 
     def make() -> Decoder:
         return Decoder(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0), backend=backend, dp_attention=dp_attention)
@@ -118,7 +121,12 @@ def _checked_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """A checkpoint's epmoe.json, its `format_version` and `dtype` checked.
+
+    Raises:
+      ValueError: there is none, it is damaged or of another format.
+    """
     try:
         header = json.loads((path / "epmoe.json").read_text(encoding="utf-8"))
         version, dtype = header["format_version"], header["dtype"]

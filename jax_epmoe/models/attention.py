@@ -25,8 +25,13 @@ Cache = tuple[jax.Array, ...]
 RopeTable = tuple[jax.Array, jax.Array]
 
 
-# Scores are made for as many queries at a time as fit these bytes.
 _SCORES_BYTES = 2**28
+
+
+def queries_at_a_time(batch: int, length: int, heads: int, num_keys: int) -> int:
+    """For how many of each sequence's `length` queries `attend` makes scores at once: what fits 256 MiB, evenly cut."""
+    parts = min(length, -(-4 * batch * length * heads * num_keys // _SCORES_BYTES))
+    return -(-length // max(parts, 1))
 
 
 def attend(
@@ -53,10 +58,10 @@ def attend(
       `[B, S, heads, Dv]` in v's dtype.
     """
     batch, length, heads, _ = q.shape
-    parts = min(length, -(-4 * batch * heads * length * k.shape[1] // _SCORES_BYTES))
-    if parts <= 1:
+    size = queries_at_a_time(batch, length, heads, k.shape[1])
+    if size == length:
         return _attend(q, k, v, query_positions, key_positions, scale, sliding_window)
-    size = -(-length // parts)
+    parts = -(-length // size)
     padding = parts * size - length
 
     def split(x: jax.Array) -> jax.Array:
