@@ -1,12 +1,9 @@
 """`python -m weights_convert SRC DST`, installed as `epmoe-convert`."""
 
 import argparse
-import contextlib
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -31,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.CRITICAL
     )  # Orbax logs an error's traceback in each thread that it passes
     try:
-        with _interruptible():
-            summary = convert(args.src, args.dst, dtype=args.dtype, revision=args.revision)
+        summary = convert(args.src, args.dst, dtype=args.dtype, revision=args.revision)
     except (ValueError, OSError) as error:
         print(f"epmoe-convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -41,23 +37,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"{args.dst}: {summary}")
     return 0
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt wherever it finds the program.
-
-    As Python's own handler does, but that one is replaced by asyncio, in Orbax, with one after which a task may still end well.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -315,13 +315,22 @@ def test_a_write_that_fails_is_one_line(tmp_path, src):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+# The program with a pause after each layer, so that the signal comes in time on a busy machine too.
+SLOWLY = """
+import sys, time
+from weights_convert import cli
+module = sys.modules["weights_convert.convert"]
+save = module._save
+module._save = lambda *args: (save(*args), time.sleep(0.5))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_leaves_nothing(tmp_path):
     config = MIXTRAL | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8, "num_hidden_layers": 12}
     src = write(tmp_path / "src", config, tensors_and_expected(config)[0])
     before = sorted(tmp_path.rglob("*"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "weights_convert", src, tmp_path / "dst"], stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, src, tmp_path / "dst"], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".dst.tmp-*/params.partial_save/*")):
         assert process.poll() is None, "ended before it could be interrupted"
         time.sleep(0.002)
