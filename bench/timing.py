@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,25 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from bench.roofline import failure
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def normal(seed: jax.typing.ArrayLike, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-    """bfloat16, of standard deviation `scale`."""
-    return (jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16) * scale).astype(jnp.bfloat16)
-
-
-class Rotation:
-    """A compiled function that takes its next arguments from a list whenever it is called: what `measure` can time."""
-
-    def __init__(self, compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]]) -> None:
-        self._compiled, self._arguments, self._calls = compiled, arguments, 0
-
-    def __call__(self) -> Any:
-        self._calls += 1
-        return self._compiled(*self._arguments[self._calls % len(self._arguments)])
-
-    trace = lower = __call__  # never called; `measure` would jit what lacks them
+from jax_epmoe.tune import Rotation, normal
 
 
 def times(compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int) -> dict[str, Any]:

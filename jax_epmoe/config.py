@@ -35,7 +35,8 @@ class MoEConfig:
     4. The `top_k` best eligible experts; with `norm_topk_prob` their weights are divided by their sum.
     5. All weights are multiplied by `routed_scaling_factor`.
 
-    `shared_intermediate_size` > 0 adds shared experts: one gated MLP that every token passes through, unweighted.
+    `shared_intermediate_size` > 0 adds shared experts: one gated MLP that every token passes through, unweighted; or, with
+    `shared_expert_gate`, weighted by the sigmoid of a learnt product with the token (Qwen2-MoE).
     """
 
     hidden_size: int
@@ -51,6 +52,7 @@ class MoEConfig:
     topk_group: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     shared_intermediate_size: int = 0
+    shared_expert_gate: bool = False
 
     def __post_init__(self):
         _require_positive(self, "hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group")
@@ -72,6 +74,10 @@ class MoEConfig:
         )
         shared = self.shared_intermediate_size
         require(isinstance(shared, int) and shared >= 0, "shared_intermediate_size", shared, "0 or a positive integer")
+        require(
+            shared > 0 or not self.shared_expert_gate,
+            "shared_expert_gate", self.shared_expert_gate, "False: there are no shared experts",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,6 @@ class ModelConfig:
     """A decoder: `moe_layers[i]` says whether layer i holds experts or a dense MLP of `dense_intermediate_size`.
 
     `num_mtp_layers`: layers past the last, for predicting further tokens, that checkpoints hold and this decoder leaves out.
-    With `shared_expert_gate`, a token's shared experts are multiplied by the sigmoid of a learnt product with it (Qwen2-MoE).
     """
 
     vocab_size: int
@@ -167,7 +172,6 @@ class ModelConfig:
     moe: MoEConfig
     moe_layers: tuple[bool, ...]
     dense_intermediate_size: int = 0
-    shared_expert_gate: bool = False
     num_mtp_layers: int = 0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -184,11 +188,6 @@ class ModelConfig:
         require(
             all(self.moe_layers) or self.dense_intermediate_size > 0,
             "intermediate_size", self.dense_intermediate_size, "positive: the model has dense layers",
-        )  # fmt: skip
-
-        require(
-            self.moe.shared_intermediate_size > 0 or not self.shared_expert_gate,
-            "shared_expert_gate", self.shared_expert_gate, "False: the model has no shared experts",
         )  # fmt: skip
 
     @property

@@ -4,11 +4,12 @@ Weights and cache are those of the abstract model (its parameters, their dtypes 
 too, but for a few numbers a sequence (with data-parallel attention, XLA may add one of the logits' size).
 
 Activations are an upper bound: all that a phase of a layer makes, attention in plain XLA with scores against the whole
-cache for as many queries as it takes at a time. What XLA fuses and reuses, and the holes that its allocator leaves, cannot be foreseen within 5%. In 96 programs of small random
-models compiled for 8 CPUs (float32, scheduled for memory; `tests/test_sizing.py` has 16 of them) temporaries were 0.87 to 1.21 of the
-bound in prefill and 0.44 to 0.76 in decoding, to 1.62 with data-parallel attention. Above 1 lies only what is the CPU's own (zeros
-that the loops of the reference grouped GEMM begin with, weights turned round) and, there, the iota of sampling's argmax. XLA's default
-schedule for CPUs makes the first two for all layers at once: temporaries then grow with the layers. GPUs have not been measured.
+cache for as many queries as it takes at a time. What XLA fuses and reuses, and the holes that its allocator leaves, cannot be
+foreseen within 5%. In 96 programs of small random models compiled for 8 CPUs (float32, scheduled for memory;
+`tests/test_sizing.py` has 16 of them) temporaries were 0.87 to 1.21 of the bound in prefill and 0.44 to 0.76 in decoding, to
+1.62 with data-parallel attention. Above 1 lies only what is the CPU's own (zeros that the loops of the reference grouped GEMM
+begin with, weights turned round) and, there, the iota of sampling's argmax. XLA's default schedule for CPUs makes the first two
+for all layers at once: temporaries then grow with the layers. GPUs have not been measured.
 """
 
 import contextlib
@@ -50,11 +51,6 @@ class Layout:
     ep_size: int = 1
     dp_size: int = 1
     dp_attention: bool = False
-
-    @property
-    def batch_multiple(self) -> int:
-        """Over how many devices the sequences of a batch lie."""
-        return self.dp_size * (self.tp_size if self.dp_attention else 1)
 
     @property
     def flags(self) -> str:
@@ -146,7 +142,7 @@ def plan(config: ModelConfig, layout: Layout, sizes: Sizes, dtype: Any = jnp.bfl
     Args:
       config: the model's.
       layout: over the devices.
-      sizes: of the batch, which is rounded up to a multiple of `layout.batch_multiple`, and of its sequences.
+      sizes: of the batch, which is rounded up to a multiple of the model's `batch_multiple`, and of its sequences.
       dtype: of weights, activations and cache.
 
     Raises:
@@ -201,26 +197,30 @@ class _Device:
         graphdef, state = abstract_model(one_of_each, mesh, dtype, "xla", layout.dp_attention)
         model = nnx.merge(graphdef, state)
         self.weights = []
+        shards: dict[str, tuple[int, ...]] = {}
         flat: Any = nnx.to_flat_state(state)
         for keys, variable in flat:
             array, copies = variable.get_value(), 1
             if keys[0] == "layers":
                 copies, keys = kinds[one_of_each.moe_layers[keys[1]]], keys[2:]
-            elements = _local_elements(array)
-            self.weights.append(_Weight(".".join(map(str, keys)), elements, elements * array.dtype.itemsize, copies))
+            name = ".".join(map(str, keys))
+            shards[name] = array.sharding.shard_shape(array.shape)
+            elements = math.prod(shards[name])
+            self.weights.append(_Weight(name, elements, elements * array.dtype.itemsize, copies))
 
-        multiple = layout.batch_multiple
+        multiple = model.batch_multiple
         self.batch = -(-sizes.max_batch_size // multiple)  # sequences in attention
         self.gathered = self.batch * multiple // layout.dp_size  # sequences in experts and head
         attention = model.layers[0].attention
         cache = attention.abstract_cache(self.batch * multiple, sizes.context_length, dtype)
         self.cache = config.num_layers * sum(_local_elements(array) * self.itemsize for array in cache)
         self.head_parts = 1 if layout.dp_attention else layout.tp_size
-        self.heads = config.attention.num_heads // self.head_parts
-        self.inner = -(-config.moe.intermediate_size * layout.ep_size // layout.tp_size)
-        self.shared = -(-config.moe.shared_intermediate_size // layout.tp_size)
-        self.dense = 0 if all(config.moe_layers) else -(-config.dense_intermediate_size // layout.tp_size)
-        self.vocab = -(-config.vocab_size // layout.tp_size)
+        _, self.heads, _ = shards["attention.o"]
+        self.vocab, _ = shards["embed.table"]
+        # Intermediate sizes: of an expert, of the shared ones, of a dense MLP; 0 where there is none.
+        self.inner, self.shared, self.dense = (
+            shards.get(name, (0,))[-1] for name in ("moe.w_down", "moe.shared.w_down", "mlp.w_down")
+        )
 
     def step(self, length: int) -> Step:
         """A call on the last `length` positions of every sequence."""

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 
 from jax_epmoe.checkpoint import DTYPES, read_header
+from jax_epmoe.command_line import Parser, refuse
 from jax_epmoe.config import require
 from jax_epmoe.models.families import read_config
 from jax_epmoe.sizing import PARTS, Gpu, Plan, Sizes, Step, plans
@@ -44,18 +45,8 @@ Exit status: 0 where something fits, 1 where nothing does, 2 after one line on b
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, _DESCRIPTION)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="one with a config.json; weights are not read")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of weights, activations, cache; default: the checkpoint's, or bfloat16"
@@ -101,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")  # a plan needs no GPU and must not take the memory of one
         return _plan(args)
     except ValueError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse(PROGRAM, str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jax_epmoe.command_line import Parser, refuse
 from jax_epmoe.config import MoEConfig, require
 from jax_epmoe.kernels.grouped_gemm import hopper, tuning
 from jax_epmoe.kernels.grouped_gemm.layout import ROW_ALIGNMENT
@@ -104,9 +105,9 @@ def main(argv: Sequence[str] | None = None, *, measure: Measure | None = None) -
         path = args.output or tuning.user_folder() / tuning.table_name(device)
         tuning.write_table(path, device, tuning.read_table(path, device))  # what is wrong with it is told now
     except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}")
+        return refuse(PROGRAM, f"{error.filename}: {error.strerror}")
     except ValueError as error:
-        return _refuse(str(error))
+        return refuse(PROGRAM, str(error))
     print(f"{device}, jax {jax.__version__}; {args.model}, tp_size {args.tp_size}, ep_size {args.ep_size}: {path}")
     deadline = time.monotonic() + args.time_limit
     try:
@@ -117,11 +118,6 @@ def main(argv: Sequence[str] | None = None, *, measure: Measure | None = None) -
         status = 130
     print(summary(cases, tuning.read_table(path, device)))
     return status
-
-
-def _refuse(message: str) -> int:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 def _hopper_gpu() -> str:
@@ -139,18 +135,8 @@ def _hopper_gpu() -> str:
     return device
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, _DESCRIPTION)
     parser.add_argument(
         "--model", required=True, metavar="M", help=f"a folder with a config.json, or one of {', '.join(MODELS)}"
     )
@@ -411,8 +397,8 @@ class _Inputs:
         self.case, self.loads = case, loads
         x, w, _ = case.arguments
         bytes_of_w = 2 * math.prod(w.shape)
-        self.x = _normal(0, x.shape, 1.0)
-        self.w = [_normal(1 + i, w.shape, case.k**-0.5) for i in range(math.ceil(_UNCACHED_BYTES / bytes_of_w))]
+        self.x = normal(0, x.shape, 1.0)
+        self.w = [normal(1 + i, w.shape, case.k**-0.5) for i in range(math.ceil(_UNCACHED_BYTES / bytes_of_w))]
 
     def microseconds(self, run: Callable[..., jax.Array]) -> float:
         """The median over the loads.
@@ -426,7 +412,7 @@ class _Inputs:
             calls = self.calls(sizes)
             bytes_of_output = 2 * self.case.rows * self.case.n  # of which `kernel_us` keeps one for each call
             least = min(21, max(5, int(8e9 / bytes_of_output)))
-            times.append(statistics.median(kernel_us(_Rotation(run, calls), -(-least // len(calls)) * len(calls))))
+            times.append(statistics.median(kernel_us(Rotation(run, calls), -(-least // len(calls)) * len(calls))))
         return statistics.median(times)
 
     def calls(self, sizes: np.ndarray) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
@@ -454,13 +440,13 @@ class _Inputs:
             raise RuntimeError(f"its result is wrong: error {error:.1e}")
 
 
-class _Rotation:
-    """A compiled function that takes its next arguments from a list whenever it is called: what `kernel_us` can time."""
+class Rotation:
+    """A compiled function that takes its next arguments from a list whenever it is called: what a profiler can time."""
 
-    def __init__(self, run: Callable[..., jax.Array], calls: Sequence[tuple[jax.Array, ...]]) -> None:
+    def __init__(self, run: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> None:
         self._run, self._calls, self._count = run, calls, 0
 
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Any:
         self._count += 1
         return self._run(*self._calls[self._count % len(self._calls)])
 
@@ -482,8 +468,9 @@ def kernel_us(call: Callable[[], jax.Array], iterations: int) -> list[float]:
     return [1e3 * each for each in milliseconds]
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "scale"))
-def _normal(seed: jax.typing.ArrayLike, shape: tuple[int, ...], scale: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def normal(seed: jax.typing.ArrayLike, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
+    """bfloat16, of standard deviation `scale`."""
     draw = jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16)
     return (draw * scale).astype(jnp.bfloat16)
 

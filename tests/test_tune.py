@@ -280,7 +280,7 @@ def test_only_tilings_that_compile_and_compute_the_product_are_timed(case, monke
 
 def test_the_profiler_is_called_as_it_wants_to_be():
     with pytest.raises(RuntimeError, match="CUPTI profiling is not supported"):
-        tune.kernel_us(tune._Rotation(lambda: None, [()]), 21)
+        tune.kernel_us(tune.Rotation(lambda: None, [()]), 21)
 
 
 def test_consecutive_calls_read_other_weights(monkeypatch):

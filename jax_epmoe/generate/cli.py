@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
+
+from jax_epmoe.command_line import Parser, refuse
 
 PROGRAM = "epmoe-generate"
 
@@ -23,11 +25,6 @@ for itself; its other keys are copied to the output. Output: {"text": ..., "toke
 _EPILOG = "JAX_COMPILATION_CACHE_DIR=FOLDER keeps compiled programs for the next run."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def _token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -36,13 +33,7 @@ def _token_ids(text: str) -> list[int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(PROGRAM, _DESCRIPTION, _EPILOG)
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="FOLDER", help="a converted checkpoint")
     group.add_argument(
@@ -136,16 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        return _refuse(told)
+        return refuse(PROGRAM, told)
     except (ValueError, NotImplementedError) as error:
         if not _is_ours(error):
             raise
-        return _refuse(str(error))
-
-
-def _refuse(message: str) -> int:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+        return refuse(PROGRAM, str(error))
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -44,8 +44,6 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(hidden, eps, **new)
         if has_experts:
             self.moe = EPMoE(config.moe, backend=backend, split_tokens=dp_attention, **new)
-            if config.shared_expert_gate and self.moe.shared is not None:
-                self.moe.shared.add_output_gate(**new)
         else:
             activation = config.moe.activation
             self.mlp = DenseMLP(

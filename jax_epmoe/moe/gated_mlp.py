@@ -14,11 +14,9 @@ from jax_epmoe.parameters import parameter
 class GatedMLP(nnx.Module):
     """`(act(x @ gate.T) * (x @ up.T)) @ down.T`.
 
-    Parameters: `w_gate_up [2, I, H]` (gate first) and `w_down [H, I]`, I over `axes`, zero-padded to divide; after
-    `add_output_gate`, also `output_gate [1, H]`, on every device.
+    Parameters: `w_gate_up [2, I, H]` (gate first) and `w_down [H, I]`, I over `axes`, zero-padded to divide. With
+    `output_gate`, the output is multiplied by `sigmoid(x @ output_gate.T)`: a parameter `[1, H]`, on every device.
     """
-
-    output_gate: nnx.Param | None = None
 
     def __init__(
         self,
@@ -30,6 +28,7 @@ class GatedMLP(nnx.Module):
         mesh: Mesh,
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
+        output_gate: bool = False,
     ):
         self.activation = activation
         self.w_gate_up = parameter(
@@ -39,10 +38,9 @@ class GatedMLP(nnx.Module):
             (hidden_size, intermediate_size), (None, tuple(axes)), mesh=mesh, dtype=dtype, rngs=rngs
         )
 
-    def add_output_gate(self, *, mesh: Mesh, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
-        """From now on a token's output is multiplied by `sigmoid(output_gate . x)` (Qwen2-MoE's shared expert)."""
-        shape = (1, self.w_down.shape[0])
-        self.output_gate = parameter(shape, (None, None), mesh=mesh, dtype=dtype, rngs=rngs)
+        self.output_gate = (
+            parameter((1, hidden_size), (None, None), mesh=mesh, dtype=dtype, rngs=rngs) if output_gate else None
+        )
 
     def partial_sum(self, x: jax.Array) -> jax.Array:
         """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]` float32, to be summed over `axes`."""

@@ -42,7 +42,7 @@ class EPMoE(nnx.Module):
     before, one reduce-scatter after. No token is ever dropped.
 
     Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
-    `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`. An I that the mesh does not divide is padded
+    `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
     with zeros, which change neither outputs nor gradients.
     """
 
@@ -109,7 +109,16 @@ class EPMoE(nnx.Module):
         )
         shared_size = config.shared_intermediate_size
         self.shared = (
-            GatedMLP(hidden, shared_size, activation=config.activation, axes=reduced, mesh=mesh, dtype=dtype, rngs=rngs)
+            GatedMLP(
+                hidden,
+                shared_size,
+                activation=config.activation,
+                axes=reduced,
+                mesh=mesh,
+                dtype=dtype,
+                rngs=rngs,
+                output_gate=config.shared_expert_gate,
+            )
             if shared_size
             else None
         )

@@ -37,7 +37,7 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     is_local = (local >= 0) & (local < num_local_experts)
     key = jnp.where(is_local, local, num_local_experts)
     group_sizes = jnp.sum(key[:, None] == jnp.arange(num_local_experts), axis=0, dtype=jnp.int32)
-    row_pair, row_of_pair = (_compare if pairs <= _FEW_PAIRS else _sort)(key, num_local_experts)
+    row_pair, row_of_pair = _compare(key) if pairs <= _FEW_PAIRS else _sort(key, num_local_experts)
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
     return Plan(jnp.pad(row_pair, (0, rows - pairs)), group_sizes, pair_row)
 
@@ -46,7 +46,7 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
 _FEW_PAIRS = 2048
 
 
-def _compare(key: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
+def _compare(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The stable order of `key [P]`, as row -> pair and pair -> row."""
     number = jnp.arange(key.size, dtype=jnp.int32)
     other, own = key[None, :], key[:, None]

@@ -34,8 +34,7 @@ DEEPSEEK_LIKE = MIXTRAL_LIKE.replace(
 )
 QWEN2_LIKE = MIXTRAL_LIKE.replace(
     attention=GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6, qkv_bias=True),
-    moe=MoEConfig(24, 11, num_experts=8, top_k=3, shared_intermediate_size=13),
-    shared_expert_gate=True,
+    moe=MoEConfig(24, 11, num_experts=8, top_k=3, shared_intermediate_size=13, shared_expert_gate=True),
 )
 KINDS = {"mixtral_like": MIXTRAL_LIKE, "olmoe_like": OLMOE_LIKE, "deepseek_like": DEEPSEEK_LIKE}
 

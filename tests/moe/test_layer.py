@@ -20,9 +20,10 @@ from jax_epmoe import EPMoE, MoEConfig, make_mesh
 
 H, I, SHARED, E, K = 16, 13, 11, 8, 3  # noqa: E741  odd intermediate sizes: most meshes have to pad them
 CONFIG = MoEConfig(H, I, E, K, norm_topk_prob=True, shared_intermediate_size=SHARED)
-DEEPSEEK_V3 = MoEConfig(
+SIGMOID = MoEConfig(
     H, I, E, K, activation="gelu_pytorch_tanh", scoring="sigmoid", correction_bias=True, n_group=4, topk_group=2,
-    group_score="top2_sum", norm_topk_prob=True, routed_scaling_factor=2.5,
+    group_score="top2_sum", norm_topk_prob=True, routed_scaling_factor=2.5, shared_intermediate_size=SHARED,
+    shared_expert_gate=True,
 )  # fmt: skip
 MESHES = ((1, 1, 1), (8, 8, 1), (8, 4, 1), (8, 1, 1), (4, 2, 2), (2, 2, 4))
 SHAPE = (8, 3, H)  # of x: 24 tokens
@@ -47,6 +48,8 @@ def make_parameters(config: MoEConfig, seed: int = 0) -> Arrays:
     parameters = {"router": router, "w_gate_up": normal(E, 2, I, H), "w_down": normal(E, H, I)}
     if config.shared_intermediate_size:
         parameters["shared"] = {"w_gate_up": normal(2, SHARED, H), "w_down": normal(H, SHARED)}
+    if config.shared_expert_gate:
+        parameters["shared"]["output_gate"] = 3 * normal(1, H)
     return parameters
 
 
@@ -83,7 +86,10 @@ def dense(parameters: Arrays, x: jax.Array, mask: jax.Array, config: MoEConfig) 
     routed = jnp.where(mask.reshape(-1, 1), weights * config.routed_scaling_factor, 0.0)
     out = einsum("te,teh->th", routed, mlps(parameters["w_gate_up"], parameters["w_down"]))
     if "shared" in parameters:
-        out += mlps(*(parameters["shared"][name][None] for name in ("w_gate_up", "w_down")))[:, 0]
+        shared = mlps(*(parameters["shared"][name][None] for name in ("w_gate_up", "w_down")))[:, 0]
+        if config.shared_expert_gate:
+            shared *= jax.nn.sigmoid(einsum("th,gh->tg", tokens, parameters["shared"]["output_gate"]))
+        out += shared
     return out.reshape(x.shape), (chosen & mask.reshape(-1, 1)).sum(0)
 
 
@@ -176,7 +182,7 @@ def check_against_dense(config: MoEConfig, parameters: Arrays, x: np.ndarray, ma
 
 
 @each_mesh
-@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK_V3], ids=["softmax_and_shared", "deepseek_v3"])
+@pytest.mark.parametrize("config", [CONFIG, SIGMOID], ids=["softmax_and_shared", "sigmoid_and_gated_shared"])
 def test_outputs_and_gradients_equal_the_dense_definition(config, sizes):
     mask = np.ones(SHAPE[:-1], bool)
     _, load = check_against_dense(config, make_parameters(config), make_x(), mask, make_mesh(*sizes))
@@ -240,7 +246,7 @@ COLLECTIVE = re.compile(
     [(sizes, {"all-reduce": 1}) for sizes in MESHES[1:]] + [((1, 1, 8), {}), ((1, 1, 1), {})],
     ids=str,
 )
-@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK_V3], ids=["softmax_and_shared", "deepseek_v3"])
+@pytest.mark.parametrize("config", [CONFIG, SIGMOID], ids=["softmax_and_shared", "sigmoid_and_gated_shared"])
 def test_the_compiled_program_has_one_all_reduce_and_no_other_collective(config, sizes, expected):
     mesh = make_mesh(*sizes)
     graphdef, state = abstract_layer(config, mesh)

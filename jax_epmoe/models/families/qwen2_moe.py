@@ -24,9 +24,9 @@ def config(hf: HFConfig) -> ModelConfig:
             activation=hf.choice("hidden_act", ACTIVATIONS, "silu"),
             norm_topk_prob=hf.boolean("norm_topk_prob", False),
             shared_intermediate_size=hf.size("shared_expert_intermediate_size"),
+            shared_expert_gate=True,
         ),
         moe_layers=hf.sparse_layers(),
         dense_intermediate_size=hf.size("intermediate_size"),
-        shared_expert_gate=True,
         rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
     )
