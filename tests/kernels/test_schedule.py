@@ -68,8 +68,16 @@ PREFILL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("experts", [1, 20, 128, 130])
-@pytest.mark.parametrize("work", [DECODE, PREFILL], ids=["decode", "prefill"])
+# More candidates than the kernel has warps.
+CROWDED = {
+    "rows": 4096, "heights": tuple(range(48, 129, 8)), "largest_heights": tuple(range(128, 47, -8)), "column_tiles": 6,
+    "num_ctas": 132,
+}  # fmt: skip
+WORKS = pytest.mark.parametrize("work", [DECODE, PREFILL, CROWDED], ids=["decode", "prefill", "crowded"])
+
+
+@pytest.mark.parametrize("experts", [1, 8, 64, 65, 128, 160, 256])
+@WORKS
 @pytest.mark.parametrize("skew", [0.2, 5.0])
 def test_groups_are_cut_sorted_and_picked_as_by_hand(experts, work, skew):
     random = np.random.default_rng(experts)
@@ -77,12 +85,48 @@ def test_groups_are_cut_sorted_and_picked_as_by_hand(experts, work, skew):
     assert made(sizes, **work).tolist() == expected(sizes, **work)
 
 
-def test_no_rows_make_no_tiles():
-    assert made([0, 0, 0, 0], **DECODE).tolist() == []
+@WORKS
+def test_more_experts_than_any_model_has(work):
+    sizes = np.random.default_rng(0).multinomial(work["rows"], np.full(512, 1 / 512)).tolist()
+    assert made(sizes, **work).tolist() == expected(sizes, **work)
 
 
-@pytest.mark.parametrize("experts", [1, 20, 160, 512])
-@pytest.mark.parametrize("work", [DECODE, PREFILL], ids=["decode", "prefill"])
+@WORKS
+@pytest.mark.parametrize("expert", [0, 63, 64, 159])
+def test_all_rows_at_one_expert(work, expert):
+    sizes = [work["rows"] if i == expert else 0 for i in range(160)]
+    assert made(sizes, **work).tolist() == expected(sizes, **work)
+
+
+@WORKS
+def test_rows_past_the_groups_have_no_tile(work):
+    sizes = [3, 0, 8, 130, 0, 1, work["rows"] // 3]
+    assert made(sizes, **work).tolist() == expected(sizes, **work)
+
+
+@WORKS
+def test_no_rows_make_no_tiles(work):
+    assert made([0, 0, 0, 0], **work).tolist() == []
+
+
+@pytest.mark.parametrize("cost", [0, 12, 500])
+def test_the_candidate_that_finishes_first_depends_on_a_tiles_fixed_cost(cost, monkeypatch):
+    monkeypatch.setattr(schedule, "FIXED_COST", cost)
+    schedule.make_schedule.clear_cache()  # the cost is read when the kernel is traced
+    sizes = np.random.default_rng(1).multinomial(PREFILL["rows"], np.full(20, 1 / 20)).tolist()
+    try:
+        assert made(sizes, **PREFILL).tolist() == expected(sizes, **PREFILL)
+    finally:
+        schedule.make_schedule.clear_cache()
+
+
+def test_more_rows_than_float32_counts_exactly_are_refused():
+    with pytest.raises(NotImplementedError, match="4194304 rows"):
+        schedule.make_schedule(jnp.zeros(8, jnp.int32), **{**DECODE, "rows": 2**22})
+
+
+@pytest.mark.parametrize("experts", [1, 20, 64, 65, 160, 256, 512])
+@WORKS
 def test_it_lowers_for_cuda(experts, work):
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
     schedule.make_schedule.trace(sizes, **work).lower(lowering_platforms=("cuda",))

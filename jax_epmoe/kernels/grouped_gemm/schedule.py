@@ -5,7 +5,9 @@ most 128 high become two tiles of 72, not 128 and 2. Groups come in falling orde
 tiles start first, and empty groups have no tile. Which largest height suits depends on how the tiles fill the GPU's CTAs:
 several are tried on paper, and the one that should finish first is taken.
 
-The kernel sorts and sums by comparing all experts with all experts: 64 down, all across, and a sum over each row.
+The kernel sorts and sums by comparing all experts with all experts: 64 down, all across, and a sum over each row. Its
+numbers are float32, whole and small enough to be exact: a comparison gives 1.0 or 0.0, and to multiply by that and add is
+one instruction, where int32 takes two or three of half the speed.
 """
 
 import functools
@@ -27,7 +29,19 @@ EXPERT, FIRST_TILE, NUM_TILES, START, END, HEIGHT, TOTAL = range(7)
 # What a tile costs beside its rows (filling the pipeline, storing), in rows.
 FIXED_COST = 12
 
+_MAX_ROWS = 2**22  # below that, the GPU's division, which may be two units in the last place off, is exact here
+# From here on, float32's bits count in steps of one: a quick way to int32.
+_BIAS, _BIAS_BITS = 2.0**23, 0x4B000000
+
 _DOWN = 64  # rows of a warpgroup's layout
+_MATRIX = plgpu.Layout.WGMMA
+_DOWNWARDS, _ACROSS = _MATRIX.reduce(1), _MATRIX.reduce(0)
+# [32 m, 4 n]: a warp's lanes lie along the first dimension, the four warps along the second.
+_BY_CANDIDATE = plgpu.Layout.TILED(plgpu.Tiling(((32, 4), (32, 1))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+# [64 n]: along the lanes of two warps; the other two hold the same.
+_BY_EXPERT = plgpu.Layout.TILED(
+    plgpu.Tiling(((64,), (32,), (1,))), warp_dims=(plgpu.Replicated(2), -3), lane_dims=(-2,), vector_dim=-1
+)
 
 
 def max_tiles(rows: int, experts: int, largest_heights: Sequence[int]) -> int:
@@ -51,124 +65,156 @@ def make_schedule(
     Args:
       group_sizes: `[experts]` integers.
       rows: how many rows there are; the sizes' sum is at most that.
-      heights: the heights that the kernel has code for, rising; a tile runs in the least that holds it.
+      heights: the heights that the kernel has code for, rising multiples of 8; a tile runs in the least that holds it.
       largest_heights: candidates for the largest height of a tile, multiples of 8.
       column_tiles: how many tiles lie side by side in each row tile.
       num_ctas: how many tiles run at a time.
 
     Returns:
       `[7, max_tiles, rounded up to 64]` int32, rows as named above; columns past the number of tiles hold zeros but for it.
+
+    Raises:
+      NotImplementedError: there are 2**22 rows or more.
     """
+    if rows >= _MAX_ROWS:
+        raise NotImplementedError(f"grouped_gemm's hopper backend: {rows} rows are not fewer than {_MAX_ROWS}")
     experts = group_sizes.shape[0]
-    across = -(-experts // 128) * 128
+    across = -(-experts // _DOWN) * _DOWN
     blocks = -(-max_tiles(rows, experts, largest_heights) // _DOWN)
-    turns = -(-blocks * _DOWN * column_tiles // num_ctas)
-    candidates = len(largest_heights)
-    matrix, down, over = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    candidates = -(-len(largest_heights) // 4) * 4
+    # Several CTAs share the rows of a block where all of them can run at once.
+    shares = next(shares for shares in (6, 3, 2, 1) if shares * blocks <= num_ctas or shares == 1)
+    slab_heights = [height // ROW_ALIGNMENT for height in heights]
+    largest_slabs = [height // ROW_ALIGNMENT for height in largest_heights]
+    f32, i32 = jnp.float32, jnp.int32
 
-    def kernel(sizes_gmem, schedule_gmem, sizes, starts, ends, tiles, height, cost, first):
-        block = lax.axis_index("block")
-        for expert in range(across):
-            sizes[expert] = sizes_gmem[expert] if expert < experts else jnp.int32(0)
-        plgpu.commit_smem()
+    def kernel(sizes_gmem, schedule_gmem, sizes, slabs, times, keys, centres, columns):
+        block, share = lax.axis_index("block"), lax.axis_index("share")
 
-        def number(axis):
-            return plgpu.broadcasted_iota(jnp.int32, (_DOWN, across), axis, layout=matrix)
+        def load(ref, layout):
+            return plgpu.load(ref, layout=layout, optimized=False)
 
-        def along_rows(ref):
-            """`[across]` -> `[64, across]`, the same in every row."""
-            values = plgpu.load(ref, layout=over, optimized=False)
-            return plgpu.layout_cast(lax.broadcast_in_dim(values, (_DOWN, across), (1,)), matrix)
+        def spread(values, shape, axis, layout):
+            """A vector as a matrix, along `axis` of it."""
+            return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (axis,)), layout)
 
-        def along_columns(ref):
-            """`[64]` -> `[64, across]`, the same in every column."""
-            values = plgpu.load(ref, layout=down, optimized=False)
-            return plgpu.layout_cast(lax.broadcast_in_dim(values, (_DOWN, across), (0,)), matrix)
+        def along_rows(values):
+            """`[n]` -> `[64, n]`, the same in every row."""
+            return spread(values, (_DOWN, values.shape[0]), 1, _MATRIX)
 
         def row_sums(values):
-            return plgpu.layout_cast(jnp.sum(values, axis=1), down)
+            return plgpu.layout_cast(jnp.sum(values, axis=1), _DOWNWARDS)
 
-        other = number(1)
+        def number(shape, axis, layout):
+            return plgpu.broadcasted_iota(i32, shape, axis, layout=layout)
+
+        def one_where(condition):
+            return jnp.where(condition, f32(1), f32(0))
+
+        def floor(x):
+            return x.astype(i32).astype(f32)
+
+        def divide_up(x, y):
+            return floor((x + (y - 0.5)) / y)  # whole x and y: at least 0.5 / y away from the next whole number
+
+        # The loads come before the stores, so that they wait together.
+        whole = experts // _DOWN * _DOWN
+        places = [*(pl.ds(i, _DOWN) for i in range(0, whole, _DOWN)), *range(whole, experts)]
+        loaded = [sizes_gmem[i] if isinstance(i, int) else load(sizes_gmem.at[i], _DOWNWARDS) for i in places]
+        for i in range(experts, across):
+            sizes[i] = f32(0)
+        for i, size in zip(places, loaded, strict=True):
+            sizes[i] = size.astype(f32)
+        plgpu.commit_smem()
+
+        parts = [pl.ds(i, _DOWN) for i in range(0, across, _DOWN)]
+        is_earlier = one_where(number((_DOWN, _DOWN), 1, _MATRIX) < number((_DOWN, _DOWN), 0, _MATRIX))
+        before, starts = plgpu.layout_cast(jnp.zeros((_DOWN,), f32), _ACROSS), []
+        for part in parts:
+            own = load(sizes.at[part], _ACROSS)
+            starts.append(row_sums(along_rows(before) + is_earlier * along_rows(own)))
+            before = before + own
+        for part, start in zip(parts, starts, strict=True):
+            columns[START, part] = start
+        ends = [start + load(sizes.at[part], _DOWNWARDS) for part, start in zip(parts, starts, strict=True)]
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            columns[END, part] = end
+            # Tiles begin at multiples of 8 rows, so a group's first tile may begin up to 7 rows early. A slab is 8 rows.
+            slabs[part] = jnp.where(end > start, divide_up(end, ROW_ALIGNMENT) - floor(start / ROW_ALIGNMENT), 0)
+        plgpu.commit_smem()
+
+        largest = f32(largest_slabs[0])
+        if len(largest_slabs) > 1:
+            shape = (_DOWN // 2, candidates)
+            candidate = number((candidates,), 0, _BY_CANDIDATE.reduce(0))
+            own_largest = plgpu.layout_cast(jnp.full((candidates,), largest, f32), _BY_CANDIDATE.reduce(0))
+            for i, value in enumerate(largest_slabs[1:], start=1):
+                own_largest = jnp.where(candidate == i, f32(value), own_largest)
+            own_largest = spread(own_largest, shape, 1, _BY_CANDIDATE)
+            none = plgpu.layout_cast(jnp.full(shape, _BIAS, f32), _BY_CANDIDATE)
+
+            @pl.loop(0, across, step=shape[0], init_carry=(none,) * len(heights), unroll=2)
+            def tiles_above(first, counts):
+                """Tiles in all, and those too high for each height but the last; lanes and `_BIAS` are still to be summed."""
+                slab = spread(load(slabs.at[pl.ds(first, shape[0])], _BY_CANDIDATE.reduce(1)), shape, 0, _BY_CANDIDATE)
+                tiles = divide_up(slab, own_largest)
+                above = (tiles, *(tiles * one_where(slab > tiles * low) for low in slab_heights[:-1]))
+                return tuple(count + more for count, more in zip(counts, above, strict=True))
+
+            # When CTA 0, which gets the heaviest tile of each turn, would be done, in rows. Tiles too high for some height
+            # come before all others, so it gets one in `num_ctas` of them, rounded up, and pays the step to the next height.
+            time: jax.Array | int = 0
+            for count, (low, high) in zip(tiles_above, itertools.pairwise((-FIXED_COST, *heights)), strict=True):
+                count = lax.bitcast_convert_type(count, i32) - _BIAS_BITS
+                tiles = plgpu.layout_cast(jnp.sum(count, axis=0), _BY_CANDIDATE.reduce(0)) * column_tiles
+                time += lax.div(tiles + (num_ctas - 1), i32(num_ctas)) * (high - low)
+            times[...] = time
+            plgpu.commit_smem()
+            best = times[0]
+            for i, value in enumerate(largest_slabs[1:], start=1):
+                largest = lax.select(times[i] < best, f32(value), largest)
+                best = lax.min(times[i], best)
+
+        slab, expert = load(slabs, _BY_EXPERT), number((across,), 0, _BY_EXPERT).astype(f32)
+        tiles = divide_up(slab, largest)
+        height = divide_up(slab, jnp.maximum(tiles, 1))
+        key = -expert
+        for low in slab_heights[:-1]:
+            key = key + jnp.where(height > low, f32(across), 0)
+        keys[...] = key
+        columns[EXPERT, :], columns[NUM_TILES, :], columns[HEIGHT, :] = expert, tiles, height * ROW_ALIGNMENT
+        plgpu.commit_smem()
 
         @pl.loop(0, across, step=_DOWN)
-        def _bounds(part_start):
-            part, own = pl.ds(part_start, _DOWN), number(0) + part_start
-            start = row_sums(jnp.where(other < own, along_rows(sizes), 0))
-            starts[part] = start
-            ends[part] = start + plgpu.load(sizes.at[part], layout=down, optimized=False)
+        def _sort(part_start):
+            part = pl.ds(part_start, _DOWN)
+            own = spread(load(keys.at[part], _DOWNWARDS), (_DOWN, across), 0, _MATRIX)
+            is_earlier = one_where(along_rows(load(keys, _ACROSS)) > own)
+            first = row_sums(is_earlier * along_rows(load(columns.at[NUM_TILES], _ACROSS)))
+            columns[FIRST_TILE, part] = first
+            # Twice the centre of the group's tiles: a tile is one of them if its distance, doubled, is less than their number.
+            centres[part] = 2 * first + (load(columns.at[NUM_TILES, part], _DOWNWARDS) - 1)
 
         plgpu.commit_smem()
+        tiles = along_rows(load(columns.at[NUM_TILES], _ACROSS))
+        tile = (number((_DOWN, across), 0, _MATRIX) + block * _DOWN).astype(f32)
+        is_owner = one_where(jnp.abs(2 * tile - along_rows(load(centres, _ACROSS))) < tiles)  # at most one a row
+        here = pl.ds(block * _DOWN, _DOWN)
+        for i in range(TOTAL // shares):
+            name = share * (TOTAL // shares) + i
+            schedule_gmem[name, here] = row_sums(is_owner * along_rows(load(columns.at[name], _ACROSS))).astype(i32)
 
-        @pl.loop(0, candidates)
-        def _cut(candidate):
-            largest = jnp.int32(largest_heights[0])
-            for i, value in enumerate(largest_heights[1:], start=1):
-                largest = lax.select(candidate == i, jnp.int32(value), largest)
+        @pl.when(share == 0)
+        def _total():
+            schedule_gmem[TOTAL, here] = row_sums(tiles).astype(i32)
 
-            @pl.loop(0, across, step=_DOWN)
-            def _part(part_start):
-                part = pl.ds(part_start, _DOWN)
-                start = plgpu.load(starts.at[part], layout=down, optimized=False)
-                end = plgpu.load(ends.at[part], layout=down, optimized=False)
-                # Tiles begin at multiples of 8 rows, so a group's first tile may begin up to 7 rows early.
-                span = jnp.where(end == start, 0, end - start // ROW_ALIGNMENT * ROW_ALIGNMENT)
-                needed = (span + (largest - 1)) // largest
-                some = jnp.maximum(needed, 1)
-                even = ((span + some - 1) // some + (ROW_ALIGNMENT - 1)) // ROW_ALIGNMENT * ROW_ALIGNMENT
-                even = jnp.where(needed > 0, even, 0)
-                run_as = plgpu.layout_cast(jnp.full_like(even, heights[0]), down)
-                for low, high in itertools.pairwise(heights):
-                    run_as = run_as + jnp.where(even > low, high - low, 0)
-                tiles[candidate, part], height[candidate, part], cost[candidate, part] = needed, even, run_as
-
-        plgpu.commit_smem()
-
-        @pl.loop(0, candidates)
-        def _sort(candidate):
-            costs, counts = along_rows(cost.at[candidate]), along_rows(tiles.at[candidate])
-
-            @pl.loop(0, across, step=_DOWN)
-            def _part(part_start):
-                part, own = pl.ds(part_start, _DOWN), number(0) + part_start
-                own_cost = along_columns(cost.at[candidate, part])
-                earlier = (costs > own_cost) | ((costs == own_cost) & (other < own))
-                first[candidate, part] = row_sums(jnp.where(earlier, counts, 0))
-
-        plgpu.commit_smem()
-
-        def compare(candidate, chosen):
-            """When CTA 0, which gets the heaviest tile of each turn, would be done, in rows; the better of two."""
-            costs, counts = along_rows(cost.at[candidate]), along_rows(tiles.at[candidate])
-            begin = along_rows(first.at[candidate]) * column_tiles
-            end = begin + counts * column_tiles
-
-            def add_turns(turn_block, time):
-                index = (number(0) + turn_block * _DOWN) * num_ctas
-                return time + jnp.where((index >= begin) & (index < end), costs + FIXED_COST, 0)
-
-            zeros = plgpu.layout_cast(jnp.zeros_like(costs), matrix)
-            time = jnp.sum(row_sums(lax.fori_loop(0, pl.cdiv(turns, _DOWN), add_turns, zeros)))
-            best, best_time = chosen
-            return lax.select(time < best_time, candidate, best), lax.min(time, best_time)
-
-        best = jnp.int32(0)
-        if candidates > 1:
-            best, _ = lax.fori_loop(0, candidates, compare, (best, jnp.int32(jnp.iinfo(jnp.int32).max)))
-        counts, begin = along_rows(tiles.at[best]), along_rows(first.at[best])
-        tile, here = number(0) + block * _DOWN, pl.ds(block * _DOWN, _DOWN)
-        owner = (tile >= begin) & (tile < begin + counts)  # at most one a row
-        columns = (other, begin, counts, along_rows(starts), along_rows(ends), along_rows(height.at[best]))
-        for row, column in enumerate(columns):
-            schedule_gmem[row, here] = row_sums(jnp.where(owner, column, 0))
-        total = jnp.sum(plgpu.load(tiles.at[best], layout=over, optimized=False))
-        schedule_gmem[TOTAL, here] = plgpu.layout_cast(jnp.full((_DOWN,), total, jnp.int32), down)
-
-    vector = plgpu.SMEM((across,), jnp.int32)
-    of_candidates = plgpu.SMEM((candidates, across), jnp.int32)
+    vector, table = plgpu.SMEM((across,), f32), plgpu.SMEM((TOTAL, across), f32)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((7, blocks * _DOWN), jnp.int32),
-        scratch_types=[vector, vector, vector, of_candidates, of_candidates, of_candidates, of_candidates],
-        grid=(blocks,),
-        grid_names=("block",),
-    )(group_sizes.astype(jnp.int32))
+        out_type=jax.ShapeDtypeStruct((7, blocks * _DOWN), i32),
+        scratch_types=[vector, vector, plgpu.SMEM((candidates,), i32), vector, vector, table],
+        grid=(blocks, shares),
+        grid_names=("block", "share"),
+        # What is written is read after `commit_smem`, which waits for the whole warpgroup.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(group_sizes.astype(i32))
