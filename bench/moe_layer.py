@@ -9,8 +9,8 @@ A rank is one of 8: with EP8 it holds an eighth of the experts, whole, and only 
 of every expert. EP1 is the whole layer. The rank that has most to do is measured: all others wait for it. There is no
 communication in these times.
 
-Times are medians of the sums of a call's kernel times (by CUPTI); `stream` is a call's time on the stream, gaps included. The
-parts come from a profile, by named scope. `floor` is that of both products and of combine, at rates measured here.
+Times are those of a call's kernels, from a profile, and so are the parts, by named scope; `stream` is a call's time on the
+stream, gaps included. `floor` is that of both products and of combine, at rates measured here.
 Shared experts are measured in a second program, beside the routed ones. Peers are given the routing: `peers` is the time
 of the best over ours without the router.
 """
@@ -41,7 +41,7 @@ from bench.layer_tables import MOE_SCOPES, OURS, TORCH_PEERS, WITH_SHARED
 from bench.layers import LOADS, MODELS, TOKENS, Case, layouts
 from bench.peers import TorchProcess
 from bench.roofline import failure
-from bench.timing import ceilings, normal
+from bench.timing import Rotation, ceilings, normal
 from jax_epmoe.config import MoEConfig
 from jax_epmoe.moe.experts import run_experts
 from jax_epmoe.moe.gated_mlp import GatedMLP
@@ -249,11 +249,12 @@ class Bench:
             roofline.save(self.result, self.args.output)
 
     def compile(self, case: Case, weights: Weights, with_shared: bool) -> Any:
-        """The program, or why there is none."""
+        """The program, and once more to profile it; or why there is none."""
         layer = rank_layer(case, weights.shared if with_shared else None)
         x = jax.ShapeDtypeStruct((case.tokens, case.config.hidden_size), DTYPE)
         try:
-            return jax.jit(layer).lower(*self.arguments(x, weights, 0, with_shared)[0]).compile()
+            lowered = jax.jit(layer).lower(*self.arguments(x, weights, 0, with_shared)[0])
+            return lowered.compile(), lowered.compile(scopes.ONE_BY_ONE)
         except Exception as error:
             return failure(error)
 
@@ -291,14 +292,16 @@ class Bench:
         self, case: Case, rank: int, tokens: Tokens, weights: Weights, compiled: Callable, with_shared: bool
     ) -> dict[str, Any]:
         """Checks (the routed experts), then times."""
-        program, first = compiled(case, with_shared), rank * case.experts
-        if isinstance(program, dict):
-            return program
+        programs, first = compiled(case, with_shared), rank * case.experts
+        if isinstance(programs, dict):
+            return programs
+        program, profiled = programs
         arguments = self.arguments(tokens.x, weights, first, with_shared)
         iterations = -(-iterations_of(case.tokens) // len(arguments)) * len(arguments)
         try:
             error = None if with_shared else self.error(program, arguments[0], case, rank, tokens)
-            return {**scopes.measure(program, arguments, iterations, MOE_SCOPES), "error": error}
+            calls = (Rotation(each, arguments) for each in programs)
+            return {**scopes.measure(*calls, profiled.as_text() or "", iterations, MOE_SCOPES), "error": error}
         except Exception as problem:
             return failure(problem)
 

@@ -1,7 +1,9 @@
 """How a program's time on the device divides over its named scopes (`jax.named_scope`), read from a profile.
 
 XLA names the instruction that each of a profile's events ran (`hlo_op`), and the compiled program's text says in which scope
-each instruction was written. XLA leaves CUDA graphs out while it profiles, so kernels keep their instructions.
+each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
+compiled `ONE_BY_ONE`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
+it once XLA's has run.
 """
 
 import collections
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from bench.layer_tables import OTHER
 from bench.roofline import failure
-from bench.timing import Rotation, times
+from bench.timing import stream_us
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -33,37 +35,42 @@ class Event(NamedTuple):
     duration_ns: float
 
 
+# For `compile`: no CUDA graphs.
+ONE_BY_ONE = {"xla_gpu_graph_min_graph_size": 2**31 - 1}
+
+
 def measure(
-    compiled: Any,
-    arguments: Sequence[tuple[Any, ...]],
-    iterations: int,
-    names: Sequence[str],
-    run: Callable[..., Any] | None = None,
+    call: Callable[[], Any], profiled: Callable[[], Any], hlo: str, calls: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """`timing.times` of a compiled program, and its `parts`: empty where a profile does not tell them.
-
-    `run`: what calls the program, if not the program itself.
-    """
-    run = run or compiled
-    result: dict[str, Any] = {**times(run, arguments, iterations), "parts": {}}
-    try:
-        result["parts"] = parts(compiled, Rotation(run, arguments), iterations, names)
-    except Exception as problem:
-        tqdm.write(f"  no parts: {failure(problem)['failed']}")
-        return result
-    if result["method"] == "stream":  # its kernels' times, after all
-        result |= {"device_us": sum(result["parts"].values()), "method": "profile"}
-    return result
-
-
-def parts(compiled: Any, call: Callable[[], Any], calls: int, names: Sequence[str]) -> dict[str, float]:
-    """Microseconds of one of `calls` calls in each named scope that took any, and in `OTHER`; kernels only, no gaps.
+    """Microseconds of a call: on the stream, all its kernels, and those of each scope (`parts`).
 
     Args:
-      compiled: the program that `call` runs, and nothing else.
-      call: without arguments; its result can be waited for.
-      calls: how many to profile.
+      call: the program, without arguments; its result can be waited for.
+      profiled: the same, compiled `ONE_BY_ONE`; hlo: that program's text.
+      calls: how many to time, of each.
       names: of scopes that do not contain each other.
+    """
+    result: dict[str, Any] = stream_us(call, calls)
+    try:
+        kernels = kernel_us(profiled, calls)
+    except Exception as problem:
+        tqdm.write(f"  no kernel times: {failure(problem)['failed']}")
+        return {**result, "device_us": result["stream_us"], "parts": {}, "kernels": [], "method": "stream"}
+    scope_of, parts = scopes(hlo, names), collections.Counter[str]()
+    for name, us in kernels.items():
+        parts[scope_of.get(name, OTHER)] += us
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:20]
+    return {
+        **result,
+        "device_us": sum(kernels.values()),
+        "parts": dict(parts),
+        "kernels": [{"name": name, "scope": scope_of.get(name, OTHER), "us": us} for name, us in longest],
+        "method": "profile",
+    }
+
+
+def kernel_us(call: Callable[[], Any], calls: int) -> dict[str, float]:
+    """Microseconds of one of `calls` calls that each instruction's kernels take; no gaps.
 
     Raises:
       RuntimeError: the profile has no event that tells its instruction.
@@ -75,7 +82,7 @@ def parts(compiled: Any, call: Callable[[], Any], calls: int, names: Sequence[st
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready([call() for _ in range(calls)])
         profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in Path(folder).rglob("*.xplane.pb")]
-    total = divide((line for profile in profiles for line in lines(profile)), scopes(compiled.as_text(), names))
+    total = divide(line for profile in profiles for line in lines(profile))
     if not total:
         raise RuntimeError("the profile has no event that tells its instruction")
     return {name: us / calls for name, us in total.items()}
@@ -94,8 +101,8 @@ def lines(profile: Any) -> Iterable[list[Event]]:
             yield [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
 
 
-def divide(lines: Iterable[Sequence[Event]], scope_of: dict[str, str]) -> dict[str, float]:
-    """Microseconds of each scope; what runs inside an event of the same line (a loop's body) counts once, as itself."""
+def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
+    """Microseconds of each instruction; what runs inside an event of the same line (a loop's body) counts once, as itself."""
     total: dict[str, float] = collections.defaultdict(float)
     for events in lines:
         around: list[Event] = []
@@ -103,8 +110,8 @@ def divide(lines: Iterable[Sequence[Event]], scope_of: dict[str, str]) -> dict[s
             while around and around[-1].start_ns + around[-1].duration_ns <= event.start_ns:
                 around.pop()
             if around:
-                total[scope_of.get(around[-1].op, OTHER)] -= event.duration_ns / 1e3
-            total[scope_of.get(event.op, OTHER)] += event.duration_ns / 1e3
+                total[around[-1].op] -= event.duration_ns / 1e3
+            total[event.op] += event.duration_ns / 1e3
             around.append(event)
     return dict(total)
 

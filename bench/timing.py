@@ -15,7 +15,7 @@ from jax_epmoe.tune import Rotation, normal
 
 def times(compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int) -> dict[str, Any]:
     """Microseconds a call: all kernels, the longest kernel, and on the stream."""
-    stream = _stream_us(compiled, arguments, iterations)
+    stream = stream_us(Rotation(compiled, arguments), iterations)
     result: dict[str, Any] = {"device_us": stream["stream_us"], "main_us": None, **stream, "method": "stream"}
     try:
         result.update(_kernel_us(compiled, arguments, iterations))
@@ -24,11 +24,9 @@ def times(compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...
     return result
 
 
-def _stream_us(
-    compiled: Callable[..., Any], arguments: Sequence[tuple[jax.Array, ...]], iterations: int
-) -> dict[str, float]:
-    """Calls back to back. Where `dispatch_us` comes near `stream_us`, it is the host that the calls wait for."""
-    call, runs = Rotation(compiled, arguments), []
+def stream_us(call: Callable[[], Any], iterations: int) -> dict[str, float]:
+    """Microseconds of calls back to back. Where `dispatch_us` comes near `stream_us`, it is the host that the calls wait for."""
+    runs = []
     jax.block_until_ready(call())
     for _ in range(3):
         start = time.perf_counter()

@@ -230,23 +230,26 @@ class Engine:
         """The compiled prefill call for chunks of that length, or for None the decode step."""
         key = (batch.size, batch.cache_length, batch.num_stop_ids, batch.method, chunk_length)
         if key not in self._programs:
-            cache = self._cache_shape(batch.size, batch.cache_length)
-            wishes, rows = jax.tree.map(self._shape, _start(batch))
-            args = [self._weights, cache, rows, wishes]
-            step: Callable = self._decode_step
-            if chunk_length is not None:
-                step = self._prefill_step
-                args += [
-                    self._shape(np.zeros((batch.size, chunk_length), np.int32)),
-                    self._shape(np.array(0, np.int32)),
-                ]
-            jitted = jax.jit(
-                lambda *args: step(*args, method=batch.method),
-                donate_argnums=(1, 2),
-                out_shardings=(jax.tree.map(lambda a: a.sharding, cache), self._by_row, self._replicated),
-            )
-            self._programs[key] = jitted.lower(*args).compile()
+            self._programs[key] = self._lowered(batch, chunk_length).compile()
         return self._programs[key]
+
+    def _lowered(self, batch: Batch, chunk_length: int | None) -> jax.stages.Lowered:
+        cache = self._cache_shape(batch.size, batch.cache_length)
+        wishes, rows = jax.tree.map(self._shape, _start(batch))
+        args = [self._weights, cache, rows, wishes]
+        step: Callable = self._decode_step
+        if chunk_length is not None:
+            step = self._prefill_step
+            args += [
+                self._shape(np.zeros((batch.size, chunk_length), np.int32)),
+                self._shape(np.array(0, np.int32)),
+            ]
+        jitted = jax.jit(
+            lambda *args: step(*args, method=batch.method),
+            donate_argnums=(1, 2),
+            out_shardings=(jax.tree.map(lambda a: a.sharding, cache), self._by_row, self._replicated),
+        )
+        return jitted.lower(*args)
 
     def _shape(self, value: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self._sharding(value))

@@ -55,7 +55,8 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, rope: RopeTable, positions: jax.Array, mask: jax.Array | None, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """`x [B, S, H]` -> `[B, S, H]`, the extended cache, and the rows that each expert got (`[E]`, or None)."""
-        attended, cache = self.attention(self.attention_norm(x), rope, positions, cache)
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(self.attention_norm(x), rope, positions, cache)
         x = x + attended
         normed = self.mlp_norm(x)
         if not self.has_experts:

@@ -1,5 +1,7 @@
 """How a profile's time is divided over named scopes: on events and a program made up, and on a profile that the CPU records."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,8 +45,8 @@ def test_what_runs_inside_a_loops_event_counts_once():
         Event("loop_convert_fusion", 10_000, 2_000),
     ]
     stream = [Event("custom-call.2", 0, 1_500)]
-    total = scopes.divide([host, stream], scopes.scopes(HLO, NAMES))
-    assert total == pytest.approx({"gate_up": 8.5, "combine": 2.0, "other": 3.0})
+    total = scopes.divide([host, stream])
+    assert total == pytest.approx({"custom-call.2": 8.5, "loop_convert_fusion": 2.0, "while.3": 3.0})
 
 
 def layer(x):
@@ -61,21 +63,25 @@ def layer(x):
 
 def test_a_recorded_profile_is_divided_over_the_scopes():
     x = jnp.ones((256, 256))
-    compiled = jax.jit(layer).lower(x).compile()
-    measured = scopes.measure(compiled, [(x,)], 3, ("router", "gate_up", "down"))
+    lowered = jax.jit(layer).lower(x)
+    programs = lowered.compile(), lowered.compile(scopes.ONE_BY_ONE)
+    calls = (partial(program, x) for program in programs)
+    measured = scopes.measure(*calls, programs[1].as_text(), 3, ("router", "gate_up", "down"))
     assert set(measured["parts"]) == {"router", "gate_up", "other"}
     assert all(us > 0 for us in measured["parts"].values())
     assert measured["device_us"] == pytest.approx(sum(measured["parts"].values()))
+    assert {kernel["scope"] for kernel in measured["kernels"]} == {"router", "gate_up", "other"}
     assert measured["stream_us"] > 0
 
 
 def test_without_a_profile_the_whole_is_told_alone(monkeypatch, capsys):
     monkeypatch.setattr(scopes, "lines", lambda profile: [])
     x = jnp.ones((8, 8))
-    measured = scopes.measure(jax.jit(layer).lower(x).compile(), [(x,)], 2, NAMES)
+    call = partial(jax.jit(layer).lower(x).compile(), x)
+    measured = scopes.measure(call, call, "", 2, NAMES)
     assert measured["parts"] == {}
     assert measured["device_us"] == measured["stream_us"]
-    assert "no parts: RuntimeError: the profile has no event" in capsys.readouterr().out
+    assert "no kernel times: RuntimeError: the profile has no event" in capsys.readouterr().out
 
 
 def test_of_a_gpus_profile_only_the_streams_count():
