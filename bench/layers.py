@@ -96,9 +96,7 @@ class Case:
     def chunk_rows(self) -> int:
         """`EPMoE`'s default."""
         config = self.config
-        return default_chunk_rows(
-            self.tokens * config.top_k, self.layout.ep_size, config.hidden_size, self.inner, _ELEMENT
-        )
+        return default_chunk_rows(self.tokens * config.top_k, config.hidden_size, self.inner, _ELEMENT)
 
     def group_sizes(self, ids: np.ndarray, rank: int) -> np.ndarray:
         """`[E of the rank]`: the rows of each, for `ids [T, k]`; ranks are numbered along the experts."""

@@ -95,13 +95,13 @@ def rank_layer(case: Case, shared: nnx.GraphDef | None = None) -> Callable[..., 
             weights, ids = route(x, *router, config)
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, case.experts)
-        partial_sum = run_experts(
-            x, *experts, weights, plan, config.activation, None, case.chunk_rows, case.expected_rows
-        )
+        partial_sum = None
         if shared is not None:
             with jax.named_scope("shared_experts"):
-                partial_sum += nnx.merge(shared, shared_state).partial_sum(x)
-        return partial_sum.astype(x.dtype)
+                partial_sum = nnx.merge(shared, shared_state).partial_sum(x)
+        return run_experts(
+            x, *experts, weights, plan, partial_sum, config.activation, None, case.chunk_rows, case.expected_rows
+        )
 
     return layer
 

@@ -337,7 +337,7 @@ class _Device:
         tokens = self.gathered * length
         pairs = tokens * moe.top_k
         rows = -(-pairs // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        chunk_rows = min(rows, default_chunk_rows(pairs, self.layout.ep_size, hidden, self.inner, size))
+        chunk_rows = min(rows, default_chunk_rows(pairs, hidden, self.inner, size))
         chunk = size * chunk_rows * (2 * hidden + self.inner)
         shared = self._mlp_activations(tokens, self.shared) if self.shared else 0
         kept = (size + 4) * tokens * hidden + 3 * 4 * tokens * moe.num_experts + 16 * pairs

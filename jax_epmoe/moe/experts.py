@@ -15,32 +15,40 @@ from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.kernels.rows import combine
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
 
-# A chunk's activations by default: what half as many rows again as under balanced routing take, within these bytes.
-_SPARE = 1.5
-_MIN_BYTES, _MAX_BYTES = 2**26, 2**31
+# What a chunk's activations may take by default. Rows that are not there cost memory and no time, a loop costs time: the host
+# waits for the number of chunks.
+_MAX_BYTES = 2**31
 
 
-def default_chunk_rows(rows: int, ep_size: int, hidden_size: int, intermediate_size: int, itemsize: int) -> int:
-    """Rows of a chunk for `rows = T * k` pairs dealt over `ep_size` devices, each holding `intermediate_size` of an expert."""
+def default_chunk_rows(rows: int, hidden_size: int, intermediate_size: int, itemsize: int) -> int:
+    """Rows of a chunk for `rows = T * k` pairs on a device that holds `intermediate_size` of an expert: all, or 2 GiB worth."""
     row_bytes = itemsize * (2 * hidden_size + intermediate_size)
-    wanted = rows if ep_size == 1 else int(rows / ep_size * _SPARE)
-    chunk_rows = min(max(wanted, _MIN_BYTES // row_bytes), _MAX_BYTES // row_bytes)
-    return -(-chunk_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return -(-min(rows, _MAX_BYTES // row_bytes) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+class _Chunk(NamedTuple):
+    """`Plan`, for `chunk_rows` consecutive rows of it."""
+
+    row_pair: jax.Array  # [chunk_rows] int32
+    row_token: jax.Array  # [chunk_rows] int32
+    group_sizes: jax.Array  # [E_local] int32
+    pair_row: jax.Array  # [T, k] int32; chunk_rows where the pair has no row in this chunk
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def run_experts(
     tokens: jax.Array,
     w_gate_up: jax.Array,
     w_down: jax.Array,
     weights: jax.Array,
     plan: Plan,
+    base: jax.Array | None,
     activation: str,
     backend: str | None,
     chunk_rows: int,
     expected_rows: int | None = None,
 ) -> jax.Array:
-    """Each token's weighted sum over its experts on this device; zeros where it has none. Differentiable by recomputation.
+    """`base` and each token's weighted sum over its experts on this device, if it has any. Differentiable by recomputation.
 
     Args:
       tokens: `[T, H]`.
@@ -48,18 +56,19 @@ def run_experts(
       w_down: `[E, H, I]`.
       weights: `[T, k]` float32.
       plan: of the device's rows.
+      base: `[T, H]` float32; None: zeros.
       activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
       backend: of `grouped_gemm`.
       chunk_rows: how many rows are processed at a time, a multiple of 8.
       expected_rows: about how many of the pairs will be this device's; None: all.
 
     Returns:
-      `[T, H]` float32.
+      `[T, H]` in the tokens' dtype, summed in float32.
     """
 
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
 
-    def add_chunk(chunk: "_Chunk", out: jax.Array) -> jax.Array:
+    def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
         with jax.named_scope("gate_up"):
             hidden = multiply(
                 tokens, w_gate_up, chunk.group_sizes, row_index=chunk.row_token, activation=activation
@@ -67,18 +76,24 @@ def run_experts(
         with jax.named_scope("down"):
             y = multiply(hidden, w_down, chunk.group_sizes)  # [chunk_rows, H]
         with jax.named_scope("combine"):
-            return out + combine(y, chunk.pair_row, weights)
+            return combine(y, chunk.pair_row, weights, base, dtype)
 
-    return _over_chunks(plan, chunk_rows, add_chunk, jnp.zeros(tokens.shape, jnp.float32))
+    if _is_one_chunk(plan, chunk_rows):
+        return run_chunk(_whole(plan), base, tokens.dtype)
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    out = _over_chunks(
+        plan, chunk_rows, lambda chunk, out: out + run_chunk(chunk, None, out.dtype), zeros if base is None else base
+    )
+    return out.astype(tokens.dtype)
 
 
-def _forward(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows):
-    out = run_experts(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows)
-    return out, (tokens, w_gate_up, w_down, weights, plan)
+def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows):
+    out = run_experts(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows)
+    return out, (tokens, w_gate_up, w_down, weights, plan, base is not None)
 
 
 def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
-    tokens, w_gate_up, w_down, weights, plan = saved
+    tokens, w_gate_up, w_down, weights, plan, has_base = saved
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
 
     def add_chunk(chunk: _Chunk, sums):
@@ -95,37 +110,38 @@ def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
         d_row_weight = jnp.sum(d_scaled.astype(jnp.float32) * hidden, axis=1)
         d_rows, d_w_gate_up_part = pull_gate_up((row_weight * d_scaled).astype(tokens.dtype))
         return (
-            d_tokens + combine(d_rows, chunk.pair_row, jnp.ones_like(weights)),
+            combine(d_rows, chunk.pair_row, jnp.ones_like(weights), d_tokens),
             d_w_gate_up + d_w_gate_up_part,
             d_w_down + d_w_down_part,
             d_weights + d_row_weight.at[chunk.pair_row].get(mode="fill", fill_value=0),
         )
 
     inputs = (tokens, w_gate_up, w_down, weights)
-    zeros = tuple(jnp.zeros(value.shape, jnp.float32) for value in inputs)
-    sums = _over_chunks(plan, chunk_rows, add_chunk, zeros)
-    return *(total.astype(value.dtype) for total, value in zip(sums, inputs, strict=True)), None
+    sums = tuple(jnp.zeros(value.shape, jnp.float32) for value in inputs)
+    if _is_one_chunk(plan, chunk_rows):
+        sums = add_chunk(_whole(plan), sums)
+    else:
+        sums = _over_chunks(plan, chunk_rows, add_chunk, sums)
+    gradients = (total.astype(value.dtype) for total, value in zip(sums, inputs, strict=True))
+    return *gradients, None, d_out.astype(jnp.float32) if has_base else None
 
 
 run_experts.defvjp(_forward, _backward)
 
 
-class _Chunk(NamedTuple):
-    """`Plan`, for `chunk_rows` consecutive rows of it."""
-
-    row_pair: jax.Array  # [chunk_rows] int32
-    row_token: jax.Array  # [chunk_rows] int32
-    group_sizes: jax.Array  # [E_local] int32
-    pair_row: jax.Array  # [T, k] int32; chunk_rows where the pair has no row in this chunk
+def _is_one_chunk(plan: Plan, chunk_rows: int) -> bool:
+    """Whether one chunk holds any load; there is then no loop."""
+    return plan.row_pair.shape[0] <= chunk_rows
 
 
-def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[["_Chunk", Carry], Carry], carry: Carry) -> Carry:
-    """`carry = step(chunk, carry)` for all chunks that hold rows; without a loop where one chunk holds any load."""
-    rows, top_k = plan.row_pair.shape[0], plan.pair_row.shape[1]
-    if rows <= chunk_rows:
-        whole = _Chunk(plan.row_pair, plan.row_pair // top_k, plan.group_sizes, plan.pair_row)
-        return step(whole, carry) if rows else carry
-    row_pair = jnp.pad(plan.row_pair, (0, -rows % chunk_rows))
+def _whole(plan: Plan) -> _Chunk:
+    return _Chunk(plan.row_pair, plan.row_pair // plan.pair_row.shape[1], plan.group_sizes, plan.pair_row)
+
+
+def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[[_Chunk, Carry], Carry], carry: Carry) -> Carry:
+    """`carry = step(chunk, carry)` for all chunks that hold rows."""
+    top_k = plan.pair_row.shape[1]
+    row_pair = jnp.pad(plan.row_pair, (0, -plan.row_pair.shape[0] % chunk_rows))
     ends = jnp.cumsum(plan.group_sizes)
     starts = ends - plan.group_sizes
 

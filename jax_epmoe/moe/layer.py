@@ -175,21 +175,20 @@ class EPMoE(nnx.Module):
             ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, local_experts)
-        partial = run_experts(
+        with jax.named_scope("shared_experts"):
+            shared = None if self.shared is None else self.shared.partial_sum(tokens)
+        out = run_experts(
             tokens,
             self.w_gate_up[...],
             self.w_down[...],
             weights,
             plan,
+            shared,
             config.activation,
             self.backend,
             self._chunk_rows(ids.size),
             -(-ids.size // axes_size(self.mesh, self.expert_axis)),
-        )  # [T, H] float32
-        if self.shared is not None:
-            with jax.named_scope("shared_experts"):
-                partial += self.shared.partial_sum(tokens)
-        out = partial.astype(x.dtype).reshape(x.shape)
+        ).reshape(x.shape)
         if axes_size(self.mesh, self.reduce_axes) > 1:
             out = sum_tokens(out, self.reduce_axes, split=self.split_tokens)
         return out, plan.group_sizes
@@ -198,6 +197,4 @@ class EPMoE(nnx.Module):
         if self.chunk_rows is not None:
             return self.chunk_rows
         _, hidden, inner = self.w_down.shape
-        return default_chunk_rows(
-            pairs, axes_size(self.mesh, self.expert_axis), hidden, inner, self.w_down.dtype.itemsize
-        )
+        return default_chunk_rows(pairs, hidden, inner, self.w_down.dtype.itemsize)

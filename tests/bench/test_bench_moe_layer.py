@@ -60,7 +60,7 @@ def test_ranks_add_up_to_the_layer_and_run_as_it_runs(layout, tiny, monkeypatch)
     """Every rank's output, summed, is `EPMoE`'s on a mesh; and both call `run_experts` with the same sizes and settings."""
     monkeypatch.setattr(moe_layer, "DTYPE", jnp.float32)
     monkeypatch.setattr(layers, "_ELEMENT", 4)
-    monkeypatch.setattr("jax_epmoe.moe.experts._MIN_BYTES", 4096)  # so that ranks run in chunks
+    monkeypatch.setattr("jax_epmoe.moe.experts._MAX_BYTES", 4096)  # so that ranks run in chunks
     seen = []
     for module in (epmoe, moe_layer):
         monkeypatch.setattr(module, "run_experts", _recorded(seen, module.run_experts))
@@ -94,9 +94,12 @@ def test_ranks_add_up_to_the_layer_and_run_as_it_runs(layout, tiny, monkeypatch)
 def _recorded(seen, run_experts):
     """`run_experts` that notes the sizes and settings of each call that is traced, but for the backend."""
 
-    def recorded(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows):
-        seen.append((w_gate_up.shape, w_down.shape, activation, chunk_rows, expected_rows))
-        return run_experts(tokens, w_gate_up, w_down, weights, plan, activation, backend, chunk_rows, expected_rows)
+    def recorded(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows):
+        settings = (activation, chunk_rows, expected_rows)
+        seen.append((w_gate_up.shape, w_down.shape, base.shape, base.dtype, *settings))
+        return run_experts(
+            tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows
+        )
 
     return recorded
 

@@ -1,4 +1,4 @@
-"""`combine`: weighted rows back to their tokens."""
+"""`combine`: weighted rows back to their tokens; its definition, and the Hopper kernels, interpreted and lowered."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.kernels import rows, rows_hopper
 from jax_epmoe.kernels.rows import combine
 
 T, K, R, H = 13, 3, 20, 17
@@ -90,3 +93,69 @@ def test_the_same_bits_on_every_run():
     arrays = make_inputs(0)
     first = np.asarray(run(*arrays)).tobytes()
     assert all(np.asarray(run(*arrays)).tobytes() == first for _ in range(10))
+
+
+def test_the_sum_begins_with_the_base_and_is_rounded_once():
+    y, pair_row, weights = make_inputs(1)
+    base = jnp.asarray(np.random.default_rng(1).normal(size=(T, H)), jnp.float32)
+    out = combine(y, pair_row, weights, base)
+    np.testing.assert_allclose(out, base + combine(y, pair_row, weights), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(combine(y, pair_row, weights, base, jnp.bfloat16), out.astype(jnp.bfloat16))
+    (d_base,) = jax.vjp(lambda base: combine(y, pair_row, weights, base, jnp.bfloat16), base)[1](
+        jnp.ones_like(out, jnp.bfloat16)
+    )
+    np.testing.assert_array_equal(d_base, jnp.ones_like(base))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """The Hopper kernels, interpreted."""
+    monkeypatch.setattr(rows, "on_hopper", lambda: True)
+    reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    reset_gpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float16", 512), ("bfloat16", 1536)])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_the_hopper_kernel_sums_as_the_definition(dtype, width, with_base, on_hopper):
+    _, pair_row, weights = make_inputs(2)
+    rng = np.random.default_rng(2)
+    y = jnp.asarray(rng.normal(size=(R, width)), dtype)
+    y = y.at[np.setdiff1d(np.arange(R), pair_row)].set(jnp.nan)
+    base = jnp.asarray(rng.normal(size=(T, width)), jnp.float32) if with_base else None
+    for out_dtype in (jnp.float32, jnp.dtype(dtype)):
+        expected = rows._reference(out_dtype, y, pair_row, weights, base)
+        got = combine(y, pair_row, weights, base, out_dtype)
+        assert got.dtype == out_dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 18, 22])
+def test_the_hopper_kernel_gathers_the_rows_that_there_are(num_rows, on_hopper):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(7, 768)), jnp.bfloat16)
+    row_index = jnp.asarray(rng.integers(0, 7, 22), jnp.int32)
+    out = rows_hopper.gather(x, row_index, jnp.int32(num_rows))
+    assert out.shape == (22, 768)
+    np.testing.assert_array_equal(out[:num_rows], x[row_index[:num_rows]])
+
+
+def test_the_hopper_kernels_lower_for_cuda():
+    y = jax.ShapeDtypeStruct((4096, 5120), jnp.bfloat16)
+    pair_row, weights = (jax.ShapeDtypeStruct((512, 6), dtype) for dtype in (jnp.int32, jnp.float32))
+    base = jax.ShapeDtypeStruct((512, 5120), jnp.float32)
+    index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4096,), ()))
+    for traced in (
+        rows_hopper.combine.trace(y, pair_row, weights, base, out_dtype=jnp.bfloat16),
+        rows_hopper.gather.trace(y, index, count),
+    ):
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_rows_that_the_kernels_do_not_serve_go_to_the_definition(on_hopper):
+    y, pair_row, weights = make_inputs(4)  # 17 columns of float32
+    np.testing.assert_array_equal(
+        combine(y, pair_row, weights), rows._reference(jnp.float32, y, pair_row, weights, None)
+    )

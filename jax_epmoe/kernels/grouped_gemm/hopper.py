@@ -18,7 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.kernels import rows_hopper
 from jax_epmoe.kernels.activations import ACTIVATIONS
+from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule
 from jax_epmoe.kernels.grouped_gemm.layout import (
     K_ALIGNMENT,
@@ -49,7 +51,8 @@ def matmul(
 
     `tiling`: None for what suits `expected_rows` rows, by default all.
 
-    `row_index` gathers in a separate pass: it runs at copy speed, and row-sized TMA copies inside the kernel are slower.
+    `row_index` gathers in a separate pass: it runs at copy speed and leaves rows past the groups out; row-sized TMA copies
+    inside the kernel are slower.
 
     Raises:
       NotImplementedError: another device than Hopper, another dtype, a bias, a k that 16 does not divide (for
@@ -68,22 +71,23 @@ def matmul(
             raise NotImplementedError(f"grouped_gemm's hopper backend: {reason}")
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     padding = -rows % ROW_ALIGNMENT
-    if row_index is not None:
-        x = x[jnp.pad(row_index, (0, padding))]
-    elif padding:
-        x = jnp.pad(x, ((0, padding), (0, 0)))
     if tiling is None:
         expected_rows = rows if expected_rows is None else expected_rows
         tiling = choose_tiling(rows=expected_rows, experts=w.shape[0], n=n, k=contraction, gated=activation is not None)
     num_ctas = num_sms()
     plan = schedule.make_schedule(
         group_sizes,
-        rows=x.shape[0],
+        rows=rows + padding,
         heights=tiling.heights,
         largest_heights=tiling.largest_heights or tiling.heights[-1:],
         column_tiles=pl.cdiv(n, tiling.columns),
         num_ctas=num_ctas,
     )
+    if row_index is not None:
+        row_index = jnp.pad(row_index, (0, padding))
+        x = rows_hopper.gather(x, row_index, plan[schedule.NUM_ROWS, 0]) if rows_hopper.serves(x) else x[row_index]
+    elif padding:
+        x = jnp.pad(x, ((0, padding), (0, 0)))
     w = w if activation else w[:, None]  # [experts, parts, n, k]
     out = _run(x, w, plan, activation=activation, tiling=tiling, num_ctas=num_ctas, transpose_w=transpose_w)
     return out[:rows] if padding else out
@@ -96,16 +100,6 @@ def refuse_unless_served(*dtypes: jnp.dtype) -> None:
     if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.bfloat16, jnp.float16):
         names = ", ".join(map(str, dtypes))
         raise NotImplementedError(f"grouped_gemm's hopper backend: dtypes {names} are not all bfloat16 or all float16")
-
-
-def on_hopper() -> bool:
-    """Whether JAX's default device has compute capability 9.0."""
-    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
-
-
-def num_sms() -> int:
-    """How many CTAs run at a time: one a streaming multiprocessor."""
-    return getattr(jax.devices()[0], "core_count", None) or 132  # an H100's, where there is no GPU to ask
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.

@@ -23,8 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_epmoe.kernels.grouped_gemm.layout import ROW_ALIGNMENT
 
 # Rows of the schedule; a column is a tile. The first and last row of a group and where its tiles begin are the same for all
-# its tiles, and the number of all tiles is the same everywhere.
-EXPERT, FIRST_TILE, NUM_TILES, START, END, HEIGHT, TOTAL = range(7)
+# its tiles, and the numbers of all tiles and of all groups' rows are the same everywhere.
+EXPERT, FIRST_TILE, NUM_TILES, START, END, HEIGHT, TOTAL, NUM_ROWS = range(8)
 
 # What a tile costs beside its rows (filling the pipeline, storing), in rows.
 FIXED_COST = 12
@@ -71,7 +71,7 @@ def make_schedule(
       num_ctas: how many tiles run at a time.
 
     Returns:
-      `[7, max_tiles, rounded up to 64]` int32, rows as named above; columns past the number of tiles hold zeros but for it.
+      `[8, max_tiles, rounded up to 64]` int32, rows as named above; columns past the number of tiles hold zeros but for both numbers.
 
     Raises:
       NotImplementedError: there are 2**22 rows or more.
@@ -207,11 +207,12 @@ def make_schedule(
         @pl.when(share == 0)
         def _total():
             schedule_gmem[TOTAL, here] = row_sums(tiles).astype(i32)
+            schedule_gmem[NUM_ROWS, here] = row_sums(along_rows(before)).astype(i32)
 
     vector, table = plgpu.SMEM((across,), f32), plgpu.SMEM((TOTAL, across), f32)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((7, blocks * _DOWN), i32),
+        out_type=jax.ShapeDtypeStruct((8, blocks * _DOWN), i32),
         scratch_types=[vector, vector, plgpu.SMEM((candidates,), i32), vector, vector, table],
         grid=(blocks, shares),
         grid_names=("block", "share"),
