@@ -3,9 +3,13 @@
 import jax
 
 
+def compute_capability() -> float:
+    """Of JAX's default device, such as 9.0 (Hopper); 0.0 where that is no NVIDIA GPU."""
+    return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+
+
 def on_hopper() -> bool:
-    """Whether JAX's default device has compute capability 9.0."""
-    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+    return compute_capability() == 9.0
 
 
 def num_sms() -> int:

@@ -1,10 +1,12 @@
 """Rows of 16-bit numbers fetched by index on Hopper: gathered, or summed with weights. Both run at copy speed.
 
-A CTA is one warpgroup and makes 256 to 1024 columns of an output row (a gathering one, of a few rows), 16 bytes a thread at a
-time. There are many more CTAs than run at once, and all loads of one are issued before any is used: that hides their latency.
+A CTA is one warpgroup. It makes 256 to 1024 columns of an output row (a gathering one, of a few rows) at a time, 16 bytes a
+thread, and walks over all there are. All loads of a turn are issued before any is used, with those of the next turn's indices
+behind them; several CTAs share a streaming multiprocessor. That hides their latency.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_SLABS = (1024, 512, 256)  # columns of a CTA: the widest that divides a row
-_GATHERED = 4  # rows of a gathering CTA
+from jax_epmoe.kernels.device import num_sms
+
+_SLABS = (1024, 512, 256)  # columns of a turn: the widest that divides a row
+_GATHERED = 4  # rows of a gathering turn
+_CTAS = 12  # a streaming multiprocessor
 
 
 def serves(rows: jax.Array) -> bool:
@@ -36,19 +41,22 @@ def gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array
     slab, layout = _slab(x.shape[1])
 
     def kernel(x_gmem, index_gmem, num_rows_gmem, out_gmem):
-        columns = pl.ds(lax.axis_index("slab") * slab, slab)
-        first = lax.axis_index("block") * _GATHERED
+        def rows_of(block):
+            return [lax.min(block * _GATHERED + i, rows - 1) for i in range(_GATHERED)]
 
-        @pl.when(first < num_rows_gmem[0])
-        def _copy():
-            own = [lax.min(first + i, rows - 1) for i in range(_GATHERED)]
-            values = [_load(x_gmem.at[index_gmem[row], columns], layout) for row in own]
-            for row, value in zip(own, values, strict=True):
+        def indices_of(block):
+            return tuple(index_gmem[row] for row in rows_of(block))
+
+        def turn(block, columns, indices, read_next):
+            values = [_load(x_gmem.at[index, columns], layout) for index in indices]
+            following = read_next()
+            for row, value in zip(rows_of(block), values, strict=True):
                 out_gmem[row, columns] = value
+            return following
 
-    return _kernel(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), pl.cdiv(rows, _GATHERED), slab)(
-        x, row_index, num_rows.reshape(1)
-    )
+        _turns(lax.div(num_rows_gmem[0] + (_GATHERED - 1), _GATHERED), x.shape[1] // slab, slab, indices_of, turn)
+
+    return _call(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), (x, row_index, num_rows.reshape(1)))
 
 
 @functools.partial(jax.jit, static_argnames="out_dtype")
@@ -67,28 +75,33 @@ def combine(
 
     def kernel(y_gmem, pair_row_gmem, weights_gmem, *rest):
         base_gmem, out_gmem = rest if base is not None else (None, *rest)
-        columns = pl.ds(lax.axis_index("slab") * slab, slab)
-        token = lax.axis_index("block")
 
         def zeros(dtype):
             return plgpu.layout_cast(jnp.zeros((slab,), dtype), layout)
 
-        def row_of(choice):
-            row = pair_row_gmem[token, choice]
-            return lax.cond(row < rows, lambda: _load(y_gmem.at[row, columns], layout), lambda: zeros(y.dtype))
+        def pairs_of(token):
+            return tuple((pair_row_gmem[token, j], weights_gmem[token, j]) for j in range(top_k))
 
-        values = [row_of(choice) for choice in range(top_k)]
-        total = zeros(jnp.float32) if base_gmem is None else _load(base_gmem.at[token, columns], layout)
-        for choice, value in enumerate(values):
-            total += weights_gmem[token, choice] * value.astype(jnp.float32)
-        out_gmem[token, columns] = total.astype(out_dtype)
+        def turn(token, columns, pairs, read_next):
+            values = [
+                lax.cond(row < rows, lambda row=row: _load(y_gmem.at[row, columns], layout), lambda: zeros(y.dtype))
+                for row, _ in pairs
+            ]
+            total = zeros(jnp.float32) if base_gmem is None else _load(base_gmem.at[token, columns], layout)
+            following = read_next()
+            for (_, weight), value in zip(pairs, values, strict=True):
+                total += weight * value.astype(jnp.float32)
+            out_gmem[token, columns] = total.astype(out_dtype)
+            return following
 
-    operands = [y, pair_row, weights] + ([] if base is None else [base])
-    return _kernel(kernel, jax.ShapeDtypeStruct((tokens, width), out_dtype), tokens, slab)(*operands)
+        _turns(jnp.int32(tokens), width // slab, slab, pairs_of, turn)
+
+    operands = (y, pair_row, weights) + (() if base is None else (base,))
+    return _call(kernel, jax.ShapeDtypeStruct((tokens, width), out_dtype), operands)
 
 
 def _slab(width: int) -> tuple[int, Any]:
-    """How many columns a CTA makes, and how they lie over its threads."""
+    """How many columns a turn makes, and how they lie over a CTA's threads."""
     slab = next(slab for slab in _SLABS if width % slab == 0)
     return slab, plgpu.Layout.WG_STRIDED((slab,), vec_size=slab // 128)
 
@@ -97,11 +110,29 @@ def _load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _kernel(kernel: Any, out: jax.ShapeDtypeStruct, blocks: int, slab: int) -> Any:
+def _turns(blocks: jax.Array, slabs: int, slab: int, read: Callable, turn: Callable) -> None:
+    """`turn(block, columns, read(block), read_next)` for this CTA's share of all blocks' slabs; it returns `read_next()`."""
+    count, stride, first = blocks * slabs, lax.axis_size("cta"), lax.axis_index("cta")
+
+    def block_of(item):
+        return lax.div(lax.min(item, count - 1), jnp.int32(slabs))
+
+    def body(step, values):
+        item = first + step * stride
+        block = block_of(item)
+        columns = pl.ds((item - block * slabs) * slab, slab)
+        return turn(block, columns, values, lambda: read(block_of(item + stride)))
+
+    @pl.when(first < count)
+    def _walk():
+        lax.fori_loop(0, lax.div(count - first + (stride - 1), stride), body, read(block_of(first)))
+
+
+def _call(kernel: Any, out: jax.ShapeDtypeStruct, operands: Sequence[jax.Array]) -> jax.Array:
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(blocks, out.shape[1] // slab),
-        grid_names=("block", "slab"),
+        grid=(_CTAS * num_sms(),),
+        grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
-    )
+    )(*operands)

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
+from jax_epmoe.kernels import mla_hopper
+from jax_epmoe.kernels.device import compute_capability, on_hopper
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
 from jax_epmoe.models.blocks import RMSNorm, rotate, tokens_spec
 from jax_epmoe.moe.gated_mlp import linear
@@ -24,8 +26,52 @@ from jax_epmoe.parameters import parameter, run_on_shards
 Cache = tuple[jax.Array, ...]
 RopeTable = tuple[jax.Array, jax.Array]
 
-
+_LIBRARY = "cudnn"
+_MASK_BYTES = 2**29  # the largest mask that is made for the library
 _SCORES_BYTES = 2**28
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    *,
+    cached: bool,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """`attend`, through cuDNN where that serves the call.
+
+    Args:
+      positions: of the queries, `[B, S]`.
+      cached: keys stand at positions 0 to L - 1; else at the queries' own, which rise by one, and S = L.
+    """
+    (batch, length, _, dim), num_keys = q.shape, k.shape[1]
+    key_positions = _key_positions(batch, num_keys) if cached else positions
+    masked = cached and (length > 1 or sliding_window is not None)
+    if not (
+        compute_capability() >= 8.0
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and dim % 8 == 0
+        and v.shape[-1] <= dim <= (256 if on_hopper() else 128)
+        and not (masked and 2 * batch * length * num_keys > _MASK_BYTES)
+    ):
+        return attend(q, k, v, positions, key_positions, scale, sliding_window)
+    what_is_seen: dict[str, Any] = {}
+    if masked:
+        what_is_seen["mask"] = _visible(positions, key_positions, sliding_window)[:, None]
+    elif cached:
+        what_is_seen["key_value_seq_lengths"] = jnp.minimum(positions[:, 0] + 1, num_keys)
+        what_is_seen["query_seq_lengths"] = jnp.ones_like(positions[:, 0])
+    else:
+        what_is_seen["is_causal"] = True
+        if sliding_window is not None:
+            what_is_seen["local_window_size"] = (sliding_window - 1, 0)
+    padded_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, dim - v.shape[-1])))  # its dimension must be the keys'
+    out = jax.nn.dot_product_attention(q, k, padded_v, scale=scale, implementation=_LIBRARY, **what_is_seen)
+    return out[..., : v.shape[-1]]
 
 
 def queries_at_a_time(batch: int, length: int, heads: int, num_keys: int) -> int:
@@ -82,14 +128,18 @@ def _attend(q, k, v, query_positions, key_positions, scale, sliding_window):
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("bskgd,blkd->bkgsl", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
-    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, S, L]
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible &= distance < sliding_window
+    visible = _visible(query_positions, key_positions, sliding_window)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgsl,blkd->bskgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
     return out.reshape(batch, length, heads, v.shape[-1]).astype(v.dtype)
+
+
+def _visible(query_positions: jax.Array, key_positions: jax.Array, sliding_window: int | None) -> jax.Array:
+    """`[B, S, L]` bool."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
 
 
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -226,11 +276,10 @@ class GQA(Attention):
             q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
         q, k = (rotate(a, rope, self.interleaved).astype(x.dtype) for a in (q, k))
         v = v.astype(x.dtype)
-        key_positions = positions
         if cache is not None:
             cache = k, v = _write(cache[0], k, positions), _write(cache[1], v, positions)
-            key_positions = _key_positions(*k.shape[:2])
-        out = attend(q, k, v, positions, key_positions, self.scale, self.config.sliding_window)
+        cached, window = cache is not None, self.config.sliding_window
+        out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window)
         return self._output(out, self.o[...]), cache
 
     def _own_heads(self, kv: jax.Array) -> jax.Array:
@@ -313,13 +362,11 @@ class MLA(Attention):
         kv = linear(x, self.kv_a[...])  # [B, S, kv_lora + rope] float32
         k_rope = rotate(kv[..., None, rank:], rope, self.interleaved)[:, :, 0]
         latent = jnp.concatenate([self.kv_a_norm(kv[..., :rank]), k_rope], axis=-1).astype(x.dtype)
-        key_positions = positions
         if cache is not None:
             latent = _write(cache[0], latent, positions)
             cache = (latent,)
-            key_positions = _key_positions(*latent.shape[:2])
         form = self._absorbed if x.shape[1] == 1 else self._expanded
-        out = form(q_nope, q_rope, latent, positions, key_positions)
+        out = form(q_nope, q_rope, latent, positions, cache is not None)
         return self._output(out, self.o[...]), cache
 
     def _queries(self, x: jax.Array) -> jax.Array:
@@ -327,23 +374,28 @@ class MLA(Attention):
             return linear(x, self.q[...])
         return linear(self.q_a_norm(linear(x, self.q_a[...])).astype(x.dtype), self.q_b[...])
 
-    def _expanded(self, q_nope, q_rope, latent, positions, key_positions):
+    def _expanded(self, q_nope, q_rope, latent, positions, cached):
         """Keys and values of every head, from the latent `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         kv = linear(latent[..., :rank], self.kv_b[...]).astype(latent.dtype)  # [B, L, local heads, nope + v]
         k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
         k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1).astype(latent.dtype)
-        return attend(q, k, kv[..., nope:], positions, key_positions, self.scale)
+        return causal_attention(q, k, kv[..., nope:], positions, self.scale, cached=cached)
 
-    def _absorbed(self, q_nope, q_rope, latent, positions, key_positions):
+    def _absorbed(self, q_nope, q_rope, latent, positions, cached):
         """The same product, regrouped: `q . (W_k c) = (W_k^T q) . c` and `sum p (W_v c) = W_v (sum p c)`."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         w_k, w_v = self.kv_b[...][:, :nope], self.kv_b[...][:, nope:]  # [local heads, nope or v, kv_lora]
         q_latent = _per_head("bsnd,ndr->bsnr", q_nope.astype(latent.dtype), w_k)
         q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(latent.dtype)
-        shared = latent[:, :, None]  # one key head for all
-        out = attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
+        if cached and on_hopper() and mla_hopper.serves(q[:, 0], latent, rank):
+            lengths = jnp.minimum(positions[:, 0] + 1, latent.shape[1])
+            out = mla_hopper.decode(q[:, 0], latent, lengths, rank=rank, scale=self.scale)[:, None]
+        else:
+            key_positions = _key_positions(*latent.shape[:2]) if cached else positions
+            shared = latent[:, :, None]  # one key head for all
+            out = attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
         return _per_head("bsnr,ndr->bsnd", out, w_v).astype(latent.dtype)
 
 

@@ -111,6 +111,7 @@ def test_the_sum_begins_with_the_base_and_is_rounded_once():
 def on_hopper(monkeypatch):
     """The Hopper kernels, interpreted."""
     monkeypatch.setattr(rows, "on_hopper", lambda: True)
+    monkeypatch.setattr(rows_hopper, "num_sms", lambda: 1)
     reset_gpu_interpret_mode_state()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield

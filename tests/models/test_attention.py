@@ -12,7 +12,7 @@ from small_models import compiled, lively, numpy_attend, numpy_norm, numpy_rotat
 from jax_epmoe import make_mesh
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig
 from jax_epmoe.models import attention as attention_module
-from jax_epmoe.models.attention import GQA, MLA, attend
+from jax_epmoe.models.attention import GQA, MLA, attend, causal_attention
 from jax_epmoe.models.blocks import rope_frequencies, rope_table
 
 HIDDEN, EPS = 20, 1e-5
@@ -72,6 +72,57 @@ def test_attend_is_finite_for_scores_of_any_size():
     q, k = jnp.full((1, 2, 1, 4), 1e4), jnp.full((1, 2, 1, 4), -1e4)
     out = attend(q, k, jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None], jnp.arange(2)[None], 1.0)
     np.testing.assert_array_equal(out, np.ones((1, 2, 1, 4)))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What would go to cuDNN goes to JAX's own implementation of the same function; its calls are returned."""
+    calls = []
+
+    def recorded(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        calls.append(kwargs)
+        return library(*args, implementation="xla", **kwargs)
+
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    monkeypatch.setattr(attention_module, "compute_capability", lambda: 8.0)
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize(
+    ("starts", "length", "cached"),
+    [([0, 0], 7, False), ([4, 0], 3, True), ([5, 8], 1, True)],
+    ids=["a whole sequence", "a chunk", "a token"],
+)
+def test_the_library_sees_what_the_definition_sees(starts, length, cached, window, on_a_gpu):
+    num_keys = 9 if cached else length
+    shapes = ((2, length, 4, 16), (2, num_keys, 2, 16), (2, num_keys, 2, 8))
+    q, k, v = (jnp.asarray(random(*shape, seed=i), jnp.bfloat16) for i, shape in enumerate(shapes))
+    positions = jnp.asarray(starts)[:, None] + jnp.arange(length)
+    got = causal_attention(q, k, v, positions, 0.3, cached=cached, sliding_window=window)
+    key_positions = jnp.broadcast_to(jnp.arange(9), (2, 9)) if cached else positions
+    want = attend(q, k, v, positions, key_positions, 0.3, window)
+    assert len(on_a_gpu) == 1
+    assert got.shape == want.shape
+    assert relative_error(got, want) < 1e-2
+
+
+def test_what_the_library_does_not_serve_goes_to_the_definition(on_a_gpu, monkeypatch):
+    def of(dim, dtype=jnp.bfloat16, v_dim=None):
+        shapes = ((1, 2, 2, dim), (1, 2, 2, dim), (1, 2, 2, v_dim or dim))
+        arrays = (jnp.ones(shape, dtype) for shape in shapes)
+        return causal_attention(*arrays, jnp.arange(2)[None], 1.0, cached=False)
+
+    of(20)
+    of(136)
+    of(16, jnp.float32)
+    of(16, v_dim=24)
+    assert on_a_gpu == []
+    monkeypatch.setattr(attention_module, "on_hopper", lambda: True)
+    of(136)
+    assert len(on_a_gpu) == 1
 
 
 def run(attention, x, rope, positions):

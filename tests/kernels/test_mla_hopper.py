@@ -1,0 +1,87 @@
+"""MLA's decode kernel without a GPU: interpreted on the CPU with race detection, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels import mla_hopper
+
+
+def expected(q, latent, lengths, rank, scale):
+    q, latent = (np.asarray(a, np.float64) for a in (q, latent))
+    out = np.zeros((*q.shape[:2], rank))
+    for sequence, length in enumerate(lengths):
+        seen = latent[sequence, :length]
+        scores = scale * q[sequence] @ seen.T
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[sequence] = p / p.sum(axis=-1, keepdims=True) @ seen[:, :rank]
+    return out
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield lambda num_ctas: monkeypatch.setattr(mla_hopper, "num_sms", lambda: num_ctas)
+    reset_gpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "rank", "length", "num_ctas", "dtype"),
+    [
+        (16, 192, 128, 200, 3, "bfloat16"),  # a CTA a sequence
+        (8, 128, 64, 300, 12, "float16"),  # several, some of which have no tile
+        (48, 128, 128, 64, 9, "bfloat16"),  # three groups of heads
+    ],
+)
+def test_it_is_a_softmax_over_each_sequences_own_positions(heads, size, rank, length, num_ctas, dtype, interpreted):
+    interpreted(num_ctas)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(3, heads, size)), dtype)
+    latent = jnp.asarray(rng.normal(size=(3, length, size)), dtype)
+    lengths = [1, 64, length]
+    got = mla_hopper.decode(q, latent, jnp.array(lengths, jnp.int32), rank=rank, scale=size**-0.5)
+    want = expected(q, latent, lengths, rank, size**-0.5)
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_large_scores_do_not_overflow(interpreted):
+    interpreted(1)
+    q, latent = jnp.full((1, 8, 64), 100, jnp.bfloat16), jnp.full((1, 70, 64), 100, jnp.bfloat16)
+    latent = latent.at[:, 3].set(-100)
+    out = mla_hopper.decode(q, latent, jnp.array([70]), rank=64, scale=1.0)
+    np.testing.assert_array_equal(out, np.full((1, 8, 64), 100))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_real_sizes_lower_for_cuda(heads):
+    q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, heads, 576), (64, 1024, 576)))
+    run = jax.jit(lambda q, latent, lengths: mla_hopper.decode(q, latent, lengths, rank=512, scale=0.1))
+    lowered = run.trace(q, latent, jax.ShapeDtypeStruct((64,), jnp.int32)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("parts", "length", "best"),
+    [(64, 1024, 2), (128, 1024, 1), (1, 1024, 16), (1, 64, 1), (132, 8192, 1), (66, 8192, 2), (1000, 1024, 1)],
+)
+def test_positions_are_dealt_over_as_many_ctas_as_there_are(parts, length, best):
+    assert mla_hopper.num_splits(parts, length, 132) == best
+
+
+def test_what_is_served():
+    def of(heads=16, size=576, rank=512, dtype=jnp.bfloat16):
+        q, latent = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, heads, size), (4, 100, size)))
+        return mla_hopper.serves(q, latent, rank)
+
+    assert of()
+    assert of(heads=128)
+    assert not of(heads=4)
+    assert not of(size=560)
+    assert not of(rank=500)
+    assert not of(dtype=jnp.float32)
