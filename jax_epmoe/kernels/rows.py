@@ -9,6 +9,22 @@ from jax_epmoe.kernels import rows_hopper
 from jax_epmoe.kernels.device import on_hopper
 
 
+def dispatch(x: jax.Array, pair_row: jax.Array, row_token: jax.Array) -> jax.Array:
+    """Each row's token: `out[pair_row[t, j]] = x[t]`. Not differentiable.
+
+    Args:
+      x: `[T, H]`.
+      pair_row: `[T, k]` int32, each row once; R or more: a pair without a row.
+      row_token: `[R]` int32, the same the other way round; any token for rows that no pair names.
+
+    Returns:
+      `[R, H]` in x's dtype; rows that no pair names may hold anything, NaN too.
+    """
+    if on_hopper() and rows_hopper.serves(x) and pair_row.size and row_token.size:
+        return rows_hopper.dispatch(x, pair_row, len(row_token))  # reads each token once, not once a row
+    return x[row_token]
+
+
 def combine(
     y: jax.Array,
     pair_row: jax.Array,

@@ -1,4 +1,4 @@
-"""Rows of 16-bit numbers fetched by index on Hopper: gathered, or summed with weights. Both run at copy speed.
+"""Rows of 16-bit numbers moved by index on Hopper: gathered, dealt out, or summed with weights, at about copy speed.
 
 A CTA is one warpgroup. It makes 256 to 1024 columns of an output row (a gathering one, of a few rows) at a time, 16 bytes a
 thread, and walks over all there are. All loads of a turn are issued before any is used, with those of the next turn's indices
@@ -19,7 +19,7 @@ from jax_epmoe.kernels.device import num_sms
 
 _SLABS = (1024, 512, 256)  # columns of a turn: the widest that divides a row
 _GATHERED = 4  # rows of a gathering turn
-_CTAS = 12  # a streaming multiprocessor
+_CTAS = 4  # a streaming multiprocessor
 
 
 def serves(rows: jax.Array) -> bool:
@@ -27,7 +27,7 @@ def serves(rows: jax.Array) -> bool:
     return rows.dtype in (jnp.bfloat16, jnp.float16) and rows.shape[1] % _SLABS[-1] == 0 and rows.size > 0
 
 
-# Both under jit of their own, so that a model's layers share one trace and one compilation.
+# All under jit of their own, so that a model's layers share one trace and one compilation.
 @jax.jit
 def gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array:
     """`out[r] = x[row_index[r]]`; what is past `num_rows`, rounded up to a multiple of 4, is left as it is.
@@ -57,6 +57,37 @@ def gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array
         _turns(lax.div(num_rows_gmem[0] + (_GATHERED - 1), _GATHERED), x.shape[1] // slab, slab, indices_of, turn)
 
     return _call(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), (x, row_index, num_rows.reshape(1)))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def dispatch(x: jax.Array, pair_row: jax.Array, rows: int) -> jax.Array:
+    """What `rows.dispatch` says, for an x that `serves`; rows that no pair names are left as they are."""
+    tokens, top_k = pair_row.shape
+    slab, layout = _slab(x.shape[1])
+
+    def kernel(x_gmem, pair_row_gmem, out_gmem):
+        def rows_of(token):
+            return tuple(pair_row_gmem[token, j] for j in range(top_k))
+
+        def turn(token, columns, own_rows, read_next):
+            lowest = functools.reduce(lax.min, own_rows)
+            value = lax.cond(
+                lowest < rows,
+                lambda: _load(x_gmem.at[token, columns], layout),
+                lambda: plgpu.layout_cast(jnp.zeros((slab,), x.dtype), layout),
+            )
+            following = read_next()
+            for row in own_rows:
+
+                @pl.when(row < rows)
+                def _store(row=row):
+                    out_gmem[row, columns] = value
+
+            return following
+
+        _turns(jnp.int32(tokens), x.shape[1] // slab, slab, rows_of, turn)
+
+    return _call(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), (x, pair_row))
 
 
 @functools.partial(jax.jit, static_argnames="out_dtype")
@@ -89,8 +120,9 @@ def combine(
             ]
             total = zeros(jnp.float32) if base_gmem is None else _load(base_gmem.at[token, columns], layout)
             following = read_next()
-            for (_, weight), value in zip(pairs, values, strict=True):
-                total += weight * value.astype(jnp.float32)
+            for (row, weight), value in zip(pairs, values, strict=True):
+                add = functools.partial(_add_scaled, total, weight, value)
+                total = lax.cond(row < rows, add, lambda total=total: total)  # instructions are what bounds few rows
             out_gmem[token, columns] = total.astype(out_dtype)
             return following
 
@@ -104,6 +136,10 @@ def _slab(width: int) -> tuple[int, Any]:
     """How many columns a turn makes, and how they lie over a CTA's threads."""
     slab = next(slab for slab in _SLABS if width % slab == 0)
     return slab, plgpu.Layout.WG_STRIDED((slab,), vec_size=slab // 128)
+
+
+def _add_scaled(total: jax.Array, weight: jax.Array, value: jax.Array) -> jax.Array:
+    return total + weight * value.astype(jnp.float32)
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_epmoe.config import MoEConfig
+from jax_epmoe.kernels import top_k_hopper
+from jax_epmoe.kernels.device import on_hopper
 
 
 def route(
@@ -20,21 +22,43 @@ def route(
     Returns:
       weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
     """
-    logits = jax.lax.dot_general(
-        x.astype(jnp.float32),
-        router_weight.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    logits = _logits(x, router_weight.astype(jnp.float32))
     scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)  # [T, E]
     choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
     if config.n_group > 1:
         choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(choice), config.top_k)
+    ids = _largest(jax.lax.stop_gradient(choice), config.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)  # [T, k]
     if config.norm_topk_prob:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
     return weights * config.routed_scaling_factor, ids.astype(jnp.int32)
+
+
+# From so many tokens on, throughput counts rather than the number of kernels.
+_MANY_TOKENS = 1024
+
+
+def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [T, H]` times `w [E, H]`, both as float32 -> `[T, E]` float32.
+
+    Tensor cores have no float32. Many tokens in bfloat16 are multiplied by two bfloat16 that add up to a weight, which is
+    exact in float32 for weights that came from bfloat16; others lose what is below 2**-17 of them, where x was rounded at 2**-9.
+    """
+    contract = (((1,), (1,)), ((), ()))
+    if x.dtype != jnp.bfloat16 or x.shape[0] < _MANY_TOKENS:
+        return jax.lax.dot_general(x.astype(jnp.float32), w, contract, precision=jax.lax.Precision.HIGHEST)
+    # `reduce_precision`: a compiler may take a cast there and back for nothing.
+    high = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+    both = jnp.concatenate([high, w - high]).astype(jnp.bfloat16)
+    high, low = jnp.split(jax.lax.dot_general(x, both, contract, preferred_element_type=jnp.float32), 2, axis=1)
+    return high + low
+
+
+def _largest(choice: jax.Array, k: int) -> jax.Array:
+    """The columns of the k largest of each row, best first; ties go to the lower column."""
+    if len(choice) >= _MANY_TOKENS and on_hopper() and top_k_hopper.serves(choice):
+        return top_k_hopper.top_k(choice, k)[1]
+    return jax.lax.top_k(choice, k)[1]
 
 
 def _in_best_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:

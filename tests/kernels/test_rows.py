@@ -89,6 +89,12 @@ def test_where_a_row_lies_changes_no_bit(seed):
     np.testing.assert_array_equal(run(y, pair_row, weights), moved)
 
 
+def test_dispatch_gives_each_row_its_token():
+    x = jnp.arange(6.0).reshape(3, 2)
+    out = rows.dispatch(x, jnp.array([[2, 4], [0, 4], [1, 3]]), jnp.array([1, 2, 0, 2]))
+    np.testing.assert_array_equal(out, x[jnp.array([1, 2, 0, 2])])
+
+
 def test_the_same_bits_on_every_run():
     arrays = make_inputs(0)
     first = np.asarray(run(*arrays)).tobytes()
@@ -143,6 +149,15 @@ def test_the_hopper_kernel_gathers_the_rows_that_there_are(num_rows, on_hopper):
     np.testing.assert_array_equal(out[:num_rows], x[row_index[:num_rows]])
 
 
+def test_the_hopper_kernel_deals_tokens_to_their_rows(on_hopper):
+    _, pair_row, _ = make_inputs(5)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(T, 512)), jnp.bfloat16)
+    out = rows.dispatch(x, pair_row, jnp.zeros(R, jnp.int32))
+    assert out.shape == (R, 512)
+    for token, choice in np.argwhere(np.asarray(pair_row) < R):
+        np.testing.assert_array_equal(out[int(pair_row[token, choice])], x[int(token)])
+
+
 def test_the_hopper_kernels_lower_for_cuda():
     y = jax.ShapeDtypeStruct((4096, 5120), jnp.bfloat16)
     pair_row, weights = (jax.ShapeDtypeStruct((512, 6), dtype) for dtype in (jnp.int32, jnp.float32))
@@ -151,6 +166,7 @@ def test_the_hopper_kernels_lower_for_cuda():
     for traced in (
         rows_hopper.combine.trace(y, pair_row, weights, base, out_dtype=jnp.bfloat16),
         rows_hopper.gather.trace(y, index, count),
+        rows_hopper.dispatch.trace(y, pair_row, 3072),
     ):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_epmoe import MoEConfig
+from jax_epmoe.moe import router
 from jax_epmoe.moe.router import route
 
 H, E = 24, 16
@@ -174,3 +175,31 @@ def test_a_bad_config_is_refused_by_name_in_one_line(name, changes):
     with pytest.raises(ValueError, match=f"^{name} is .*; it should be ") as error:
         dataclasses.replace(BASE, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [7, 23], ids=["weights from bfloat16", "weights in float32"])
+def test_logits_of_many_tokens_in_bfloat16_are_those_of_float32(bits):
+    x = jax.random.normal(jax.random.key(0), (router._MANY_TOKENS, 96), jnp.bfloat16)
+    w = jax.lax.reduce_precision(jax.random.normal(jax.random.key(1), (24, 96)), exponent_bits=8, mantissa_bits=bits)
+    got = np.asarray(jax.jit(router._logits)(x, w), np.float64)
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    few = np.asarray(router._logits(x[:8], w), np.float64)
+    assert np.linalg.norm(few - expected[:8]) < 1e-6 * np.linalg.norm(expected[:8])
+    assert np.linalg.norm(got - expected) < (1e-6 if bits == 7 else 6e-6) * np.linalg.norm(expected)
+
+
+def test_many_tokens_go_through_the_hopper_kernel(monkeypatch):
+    scores = jax.random.normal(jax.random.key(0), (router._MANY_TOKENS, 64))
+    expected = router._largest(scores, 4)
+    calls = []
+
+    def recorded(scores, k):
+        calls.append(k)
+        return jax.lax.top_k(scores, k)
+
+    monkeypatch.setattr(router, "on_hopper", lambda: True)
+    monkeypatch.setattr(router.top_k_hopper, "top_k", recorded)
+    np.testing.assert_array_equal(router._largest(scores, 4), expected)
+    router._largest(scores[:5], 4)
+    router._largest(scores[:, :60], 4)
+    assert calls == [4]
