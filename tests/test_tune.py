@@ -93,7 +93,7 @@ def test_candidates_are_few_valid_and_begin_with_the_heuristic(model, mesh):
         assert 10 <= len(set(tilings)) == len(tilings) <= 24, (case, len(tilings))
         for tiling in tilings:
             used = tuning.shared_memory_bytes(tiling, case.gated)
-            assert tiling.columns % 128 == 0
+            assert tiling.columns % 128 == 0 or tiling.columns % 192 == 0
             assert used <= 227 * 1024, (case, tiling, used)
             assert tuning.is_valid(tiling, case.gated), (case, tiling)
 

@@ -185,7 +185,8 @@ def test_a_field_that_a_table_lacks_has_its_default():
 @pytest.mark.parametrize(
     "change",
     [
-        {"columns": 192},
+        {"columns": 64},
+        {"columns": 320},
         {"columns": 0},
         {"heights": ()},
         {"heights": (12,)},

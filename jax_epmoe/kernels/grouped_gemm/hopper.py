@@ -4,7 +4,7 @@ Operands are swapped: weights ride wgmma's m, which is fixed at 64, and rows its
 tile is as high as its group needs, from 8 rows while decoding to 128, and no row is padded by more than 7.
 
 A CTA has one producer warpgroup, which copies tiles of x and w into a ring of stages by TMA and runs on across output tiles,
-and two consumer warpgroups, each of which multiplies half of the tile's columns. CTAs walk over the tiles of `schedule.py`;
+and two or three consumer warpgroups, which share the tile's columns. CTAs walk over the tiles of `schedule.py`;
 the row tiles of one expert that share weights come one after another, so that the L2 serves them.
 """
 
@@ -31,7 +31,8 @@ from jax_epmoe.kernels.grouped_gemm.layout import (
 )
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling, choose_tiling
 
-_CONSUMERS = 2
+# Of a thread, by the number of consumer warpgroups: what the producer keeps, what a consumer gets.
+_REGISTERS = {2: (40, 232), 3: (24, 160)}
 
 
 def matmul(
@@ -118,7 +119,9 @@ def _run(
     parts = w.shape[1]
     n = w.shape[-1] if transpose_w else w.shape[-2]
     k_steps, column_tiles = pl.cdiv(k, tiling.block_k), pl.cdiv(n, tiling.columns)
-    own_columns = tiling.columns // _CONSUMERS  # of a consumer warpgroup
+    consumers = tiling.consumers
+    own_columns = tiling.columns // consumers  # of a consumer warpgroup
+    producer_registers, consumer_registers = _REGISTERS[consumers]
     blocks = own_columns // 64
     slots = min(tiling.slots, blocks)
     stages = tiling.stages
@@ -156,9 +159,9 @@ def _run(
             for i, height in enumerate(tiling.heights):
                 pl.when(code == i)(functools.partial(body, height))
 
-        @pl.when(warpgroup == _CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _produce():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(producer_registers, action="decrease")
 
             def load_tile(step, tile):
                 expert, column_tile, first_row, _, _, code = tile
@@ -194,9 +197,9 @@ def _run(
             def _(count):  # every stage must be released before the kernel ends
                 plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
 
-        @pl.when(warpgroup < _CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _consume():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(consumer_registers, action="increase")
 
             own = pl.ds(warpgroup * own_columns, own_columns)
 
@@ -283,13 +286,13 @@ def _run(
         scratch_types=[
             plgpu.SMEM((stages, max_height, tiling.block_k), x.dtype, transforms=operand_transforms(k)),
             plgpu.SMEM((stages, parts, *w_tile), w.dtype, transforms=operand_transforms(w.shape[-1])),
-            plgpu.SMEM((_CONSUMERS, slots, max_height, 64), x.dtype, transforms=OUTPUT_TRANSFORMS),
+            plgpu.SMEM((consumers, slots, max_height, 64), x.dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         ],
         grid=(num_ctas,),
         grid_names=("cta",),
-        num_threads=_CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, plan)

@@ -36,7 +36,7 @@ class Tiling:
     """How the kernel cuts its work.
 
     Attributes:
-      columns: output columns of a tile (with a gate: as many gate and up columns each), a multiple of 128.
+      columns: output columns of a tile (with a gate: as many gate and up columns each), a multiple of 128 or of 192.
       heights: the row heights that code is made for, rising multiples of 8; the last is the largest.
       block_k: how much of k a stage holds.
       stages: how many stages the ring has.
@@ -52,6 +52,11 @@ class Tiling:
     largest_heights: tuple[int, ...] = ()
     lag: bool = False
     slots: int = 1
+
+    @property
+    def consumers(self) -> int:
+        """How many warpgroups share a tile's columns, 64 or a multiple each."""
+        return 3 if self.columns % 128 else 2
 
 
 def choose_tiling(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling:
@@ -75,6 +80,8 @@ def heuristic(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling
         return Tiling(columns=128, heights=(16, 32), block_k=128, stages=3 if gated else 5)
     if rows_per_expert <= 48:
         return Tiling(columns=128, heights=(16, 32, 64), stages=5 if gated else 8)
+    if gated and -(-n // 192) * 192 < 0.95 * -(-n // 128) * 128:  # less of the last tile is padding
+        return Tiling(columns=192, heights=tuple(range(16, 97, 16)), stages=3)
     narrow = gated or -(-n // 256) * 256 > 1.15 * n
     columns = 128 if narrow else 256
     if k <= 512:  # hardly any main loop: what counts is how few rows are padded
@@ -92,12 +99,12 @@ def heuristic(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling
 
 def shared_memory_bytes(tiling: Tiling, gated: bool) -> int:
     """What the kernel asks for: the ring's two buffers, the output slots, each from a multiple of 1024, and its barriers."""
-    height, slots = tiling.heights[-1], min(tiling.slots, tiling.columns // 128)
+    height, slots = tiling.heights[-1], min(tiling.slots, tiling.columns // (64 * tiling.consumers))
     parts = 2 if gated else 1
     elements = (
         tiling.stages * height * tiling.block_k,
         tiling.stages * parts * tiling.columns * tiling.block_k,
-        2 * slots * height * 64,
+        tiling.consumers * slots * height * 64,
     )
     return sum(-(-2 * count // 1024) * 1024 for count in elements) + 2 * tiling.stages * 8
 
@@ -107,7 +114,7 @@ def is_valid(tiling: Tiling, gated: bool) -> bool:
     heights, stages = tiling.heights, tiling.stages
     return (
         tiling.columns > 0
-        and tiling.columns % 128 == 0
+        and tiling.columns % (64 * tiling.consumers) == 0
         and tiling.block_k > 0
         and tiling.block_k % 64 == 0
         and tiling.slots > 0
