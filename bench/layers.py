@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     slices: int
 
 
-EP, TP, WHOLE = Layout("EP8", RANKS, 1), Layout("TP8", 1, RANKS), Layout("EP1", 1, 1)
+EP, TP, WHOLE = LAYOUTS = (Layout("EP8", RANKS, 1), Layout("TP8", 1, RANKS), Layout("EP1", 1, 1))
 
 
 def layouts(model: str) -> tuple[Layout, ...]:

@@ -38,7 +38,7 @@ import jax_epmoe as ep
 from bench import layer_tables, layers, roofline, scopes
 from bench.environment import environment, require_hopper, result_path
 from bench.layer_tables import MOE_SCOPES, OURS, TORCH_PEERS, WITH_SHARED
-from bench.layers import LOADS, MODELS, TOKENS, Case, layouts
+from bench.layers import LAYOUTS, LOADS, MODELS, TOKENS, Case, layouts
 from bench.peers import TorchProcess
 from bench.roofline import failure
 from bench.timing import Rotation, ceilings, normal
@@ -65,9 +65,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"], help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--loads", nargs="+", choices=LOADS)
+    parser.add_argument("--layouts", nargs="+", choices=[layout.name for layout in LAYOUTS], help="default: all")
     parser.add_argument("--quick", action="store_true", help="8192 and 64 tokens, balanced")
     parser.add_argument("--add", action="store_true", help="to what the output file holds; what it has is left out")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-shared", action="store_true", help="leave the second program, with shared experts, out")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start nothing after (450; quick: 200)")
     parser.add_argument("--jobs", type=int, default=6, help="programs to compile at a time")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
@@ -230,13 +232,14 @@ class Bench:
             for tokens in self.args.tokens
             for load in self.args.loads
             for layout in layouts(model)
+            if layout.name in (self.args.layouts or [layout.name])
             if (model, layout.name, tokens, load) not in done
         ]
         if not todo or time.monotonic() > self.deadline:
             return
         weights = {layout: Weights(Case(model, layout, 1)) for layout in {case.layout for case, _ in todo}}
         compiled = cache(lambda case, with_shared: self.compile(case, weights[case.layout], with_shared))
-        programs = [(case, has_shared(case, load)) for case, load in todo] + [(case, False) for case, _ in todo]
+        programs = [(case, self.has_shared(case, load)) for case, load in todo] + [(case, False) for case, _ in todo]
         list(self.pool.map(lambda program: compiled(*program), dict.fromkeys(programs)))
         router = next(iter(weights.values())).router  # the same in every layout
         draw = lru_cache(maxsize=1)(lambda tokens, load: Tokens(model, tokens, load, router))
@@ -247,6 +250,10 @@ class Bench:
             self.result["cases"].append(seen)
             tqdm.write(layer_tables.case_table(seen))
             roofline.save(self.result, self.args.output)
+
+    def has_shared(self, case: Case, load: str) -> bool:
+        """Whether shared experts are measured too: for one load, which is nothing to them."""
+        return bool(case.shared_inner) and load == LOADS[0] and not self.args.no_shared
 
     def compile(self, case: Case, weights: Weights, with_shared: bool) -> Any:
         """The program, and once more to profile it; or why there is none."""
@@ -271,7 +278,7 @@ class Bench:
         sizes = case.group_sizes(tokens.ids, rank)
         measure = partial(self.measure, case, rank, tokens, weights, compiled)
         results = {OURS: measure(False)}
-        if has_shared(case, load):
+        if self.has_shared(case, load):
             results[WITH_SHARED] = measure(True)
         results |= self.ask_torch(case, rank, tokens, len(weights.experts))
         return {
@@ -330,11 +337,6 @@ class Bench:
         }
         answer = self.torch.ask({"layer": request})
         return dict.fromkeys(TORCH_PEERS, answer) if "failed" in answer else answer
-
-
-def has_shared(case: Case, load: str) -> bool:
-    """Whether shared experts are measured too: for one load, which is nothing to them."""
-    return bool(case.shared_inner) and load == LOADS[0]
 
 
 def iterations_of(tokens: int) -> int:

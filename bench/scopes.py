@@ -36,7 +36,7 @@ class Event(NamedTuple):
 
 
 # For `compile`: no CUDA graphs.
-ONE_BY_ONE = {"xla_gpu_graph_min_graph_size": 2**31 - 1}
+ONE_BY_ONE = {"xla_gpu_enable_command_buffer": ""}
 
 
 def measure(
