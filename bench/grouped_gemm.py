@@ -27,7 +27,7 @@ from tqdm import tqdm
 from bench import roofline
 from bench.environment import environment, require_hopper
 from bench.peers import ROOT, Candidate, TorchProcess, jax_peers
-from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, PEERS, Shape, failure
+from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, PEERS, TRITON, Shape, failure
 from bench.timing import ceilings, normal, times
 from jax_epmoe import grouped_gemm
 
@@ -130,10 +130,11 @@ def _expected(x: jax.Array, w: jax.Array, experts: jax.Array, rows: jax.Array, g
 
 
 def ours(shape: Shape) -> list[Candidate]:
-    """Our three: plain; the gated pair over the same weights; the plain product with its rows gathered."""
+    """Ours: plain; the same in Triton; the gated pair over the same weights; the plain product with its rows gathered."""
     half = (shape.experts, 2, shape.n // 2, shape.k)
     plain = partial(grouped_gemm, backend=BACKEND)
     candidates = [Candidate(OURS, plain, ("x", "w", "sizes"))]
+    candidates.append(Candidate(TRITON, partial(grouped_gemm, backend="triton"), ("x", "w", "sizes")))
     if shape.is_up:
         candidates += [
             Candidate(GATED, lambda x, w, s: plain(x, w.reshape(half), s, activation="silu"), ("x", "w", "sizes")),
@@ -162,9 +163,9 @@ class Bench:
     def run(self) -> None:
         if self.torch:
             self.torch.connect()
-        tokamax = roofline.version("tokamax")
         versions = self.torch.told_versions() if self.torch else {}
-        self.result["peer_versions"] = {**versions, **({"tokamax": tokamax} if tokamax else {})}
+        here = {name: version for name in ("tokamax", "jax-triton", "triton") if (version := roofline.version(name))}
+        self.result["peer_versions"] = {**versions, **here}
         self.result["ceilings"] = self.ceilings()
         print(roofline.head(self.result))
         cases = [(shape, load) for load in self.args.loads for shape in self.args.shapes]

@@ -16,11 +16,11 @@ import numpy as np
 
 LOADS = ("dirichlet", "balanced", "one-hot")
 OURS, GATED, GATHER, DENSE = "ours", "ours gated", "ours gather", "dense (jnp.dot)"
-TORCH, DEEPGEMM, MGPU, TOKAMAX, RAGGED_DOT = (
-    "torch._grouped_mm", "DeepGEMM", "jax ragged_dot_mgpu", "tokamax", "lax.ragged_dot",
+TORCH, DEEPGEMM, MGPU, TOKAMAX, RAGGED_DOT, TRITON = (
+    "torch._grouped_mm", "DeepGEMM", "jax ragged_dot_mgpu", "tokamax", "lax.ragged_dot", "ours in Triton",
 )  # fmt: skip
 TORCH_PEERS = (TORCH, DEEPGEMM)
-PEERS = (*TORCH_PEERS, MGPU, TOKAMAX, RAGGED_DOT)
+PEERS = (*TORCH_PEERS, MGPU, TOKAMAX, RAGGED_DOT, TRITON)
 # What the command line calls them.
 IMPLEMENTATIONS = {
     "ours": (OURS, GATED, GATHER),
@@ -29,6 +29,7 @@ IMPLEMENTATIONS = {
     "mgpu": (MGPU,),
     "tokamax": (TOKAMAX,),
     "ragged_dot": (RAGGED_DOT,),
+    "triton": (TRITON,),
     "dense": (DENSE,),
 }
 

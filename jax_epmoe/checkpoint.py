@@ -1,8 +1,10 @@
 """Our checkpoints: one array per parameter and layer, restored by Orbax straight to its shards on any mesh.
 
     config.json, tokenizer files     Hugging Face's own, untouched
-    epmoe.json                       format version, dtype, a fingerprint of the source
+    epmoe.json                       format version, dtype, quantisation, a fingerprint of the source
     params/                          Orbax: a flat dictionary, from `layers.0.moe.w_down` and the like to arrays of HF's sizes
+
+A quantised `layers.0.moe.w_down` is `layers.0.moe.w_down.values` and `.scales` and, in a static format, `.input_scales`.
 
 Arrays know nothing of meshes: where a mesh needs a vocabulary or an intermediate size to divide, the end of that dimension
 is filled with zeros while restoring, and the model cuts its logits back.
@@ -28,6 +30,7 @@ from jax_epmoe.config import ModelConfig, require
 from jax_epmoe.mesh import make_mesh
 from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.families import read_config
+from jax_epmoe.quant import FORMATS, NOT_QUANTIZED, Quantization
 
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -49,7 +52,7 @@ def load_model(
     Args:
       path: the checkpoint's folder.
       mesh: from `make_mesh`.
-      dtype: of weights, activations and cache: bfloat16, float16 or float32; None for the checkpoint's own.
+      dtype: of weights that are not quantised, activations and cache: bfloat16, float16 or float32; None for the checkpoint's own.
       backend: of `grouped_gemm`; None picks the fastest.
       dp_attention: see `Decoder`.
       progress: show a progress bar on stderr.
@@ -58,11 +61,12 @@ def load_model(
       ValueError: not a checkpoint of this format, a damaged one, or a mesh that does not divide the model.
     """
     path = Path(path)
-    stored_dtype = read_header(path)["dtype"]
-    config = read_config(path)
-    graphdef, state = abstract_model(config, mesh, _checked_dtype(dtype or stored_dtype), backend, dp_attention)
+    header = read_header(path)
+    config, quantization = read_config(path), quantization_of(header)
+    dtype = _checked_dtype(dtype or header["dtype"])
+    graphdef, state = abstract_model(config, mesh, dtype, backend, dp_attention, quantization)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
-    arrays = _restore(path, parameter_shapes(config), targets, progress)
+    arrays = _restore(path, parameter_shapes(config, quantization), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
 
 
@@ -74,20 +78,29 @@ def dummy_model(
     backend: str | None = None,
     dp_attention: bool = False,
     seed: int = 0,
+    quantization: str | None = None,
 ) -> Decoder:
     """A decoder of the size that a folder's `config.json` tells, with random weights: for measuring without a checkpoint.
 
-    Args and errors are `load_model`'s; `dtype` is bfloat16 unless given, and `seed` makes the weights.
+    Args and errors are `load_model`'s; `dtype` is bfloat16 unless given, `seed` makes the weights, and `quantization` is None or
+    a name in `jax_epmoe.quant.FORMATS`.
     """
-    dtype = _checked_dtype(dtype or jnp.bfloat16)
     return Decoder(
-        read_config(path), mesh=mesh, dtype=dtype, rngs=nnx.Rngs(seed), backend=backend, dp_attention=dp_attention
+        read_config(path),
+        mesh=mesh,
+        dtype=_checked_dtype(dtype or jnp.bfloat16),
+        rngs=nnx.Rngs(seed),
+        backend=backend,
+        dp_attention=dp_attention,
+        quantization=Quantization(quantization),
     )
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The name and unpadded shape of each array of a model's checkpoint; float32 where that is kept, else bfloat16."""
-    _, state = abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16))
+def parameter_shapes(
+    config: ModelConfig, quantization: Quantization = NOT_QUANTIZED
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The name and unpadded shape of each array of a model's checkpoint; its dtype if that is fixed, else bfloat16."""
+    _, state = abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16), quantization=quantization)
     return {
         _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
         for keys, variable in nnx.to_flat_state(state)
@@ -95,7 +108,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def abstract_model(
-    config: ModelConfig, mesh: Any, dtype: Any, backend: str | None = None, dp_attention: bool = False
+    config: ModelConfig,
+    mesh: Any,
+    dtype: Any,
+    backend: str | None = None,
+    dp_attention: bool = False,
+    quantization: Quantization = NOT_QUANTIZED,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without its weights: shapes, dtypes and shardings, no memory.
 
@@ -103,7 +121,15 @@ def abstract_model(
     """
 
     def make() -> Decoder:
-        return Decoder(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(0), backend=backend, dp_attention=dp_attention)
+        return Decoder(
+            config,
+            mesh=mesh,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+            backend=backend,
+            dp_attention=dp_attention,
+            quantization=quantization,
+        )
 
     return nnx.split(nnx.eval_shape(make))
 
@@ -139,6 +165,18 @@ def read_header(path: Path) -> dict[str, Any]:
     require(version == FORMAT_VERSION, f"{path / 'epmoe.json'}: format_version", version, str(FORMAT_VERSION))
     require(dtype in DTYPES, f"{path / 'epmoe.json'}: dtype", dtype, f"one of {', '.join(DTYPES)}")
     return header
+
+
+def quantization_of(header: dict[str, Any]) -> Quantization:
+    """What `read_header`'s `quantization` says: None, or `{"format": ..., "kept": [names]}`."""
+    entry = header.get("quantization")
+    match entry:
+        case None:
+            return NOT_QUANTIZED
+        case {"format": str(name), "kept": list(kept)} if name in FORMATS and all(isinstance(k, str) for k in kept):
+            return Quantization(name, frozenset(kept))
+    expected = f"null, or an object with a format ({', '.join(FORMATS)}) and a list of what is kept"
+    raise ValueError(f"epmoe.json: quantization is {entry!r}; it should be {expected}")
 
 
 def _restore(

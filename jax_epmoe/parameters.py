@@ -43,7 +43,8 @@ def _maker(
     """key -> the padded array on its shards; kept, so that layers of one shape compile once."""
 
     def make(key: jax.Array) -> jax.Array:
-        return jnp.pad(init(key, shape, dtype), [(0, to - n) for n, to in zip(shape, padded, strict=True)])
+        values = init(key, shape, dtype)
+        return values if padded == shape else jnp.pad(values, [(0, m - n) for n, m in zip(shape, padded, strict=True)])
 
     return jax.jit(make, out_shardings=sharding)
 

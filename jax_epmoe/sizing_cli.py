@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_epmoe.checkpoint import DTYPES, read_header
+from jax_epmoe.checkpoint import DTYPES, quantization_of, read_header
 from jax_epmoe.command_line import Parser, refuse
 from jax_epmoe.config import require
 from jax_epmoe.models.families import read_config
@@ -101,7 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     config = read_config(folder)
-    dtype = args.dtype or (read_header(folder)["dtype"] if (folder / "epmoe.json").is_file() else "bfloat16")
+    header = read_header(folder) if (folder / "epmoe.json").is_file() else {"dtype": "bfloat16"}
+    quantization = quantization_of(header).name
+    require(
+        quantization is None, f"{folder}'s quantization", quantization, "none: quantised weights are not counted yet"
+    )
+    dtype = args.dtype or header["dtype"]
     require(args.gpus > 0, "--gpus", args.gpus, "a positive integer")
     gpu = _gpu(args, jax.numpy.dtype(dtype).itemsize)
     context = min(_DEFAULT_CONTEXT, config.max_position_embeddings)

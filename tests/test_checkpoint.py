@@ -14,6 +14,7 @@ from flax import nnx
 from jax_epmoe import dummy_model, load_model, make_mesh
 from jax_epmoe.checkpoint import parameter_shapes
 from jax_epmoe.models.families import read_config
+from jax_epmoe.quant import Quantization
 from weights_convert import convert
 
 PARITY = Path(__file__).parent / "parity" / "checkpoints"
@@ -216,6 +217,17 @@ def test_a_dummy_model_needs_only_config_json(tmp_path):
     for key, array in arrays.items():
         values = np.asarray(array, np.float32)[tuple(slice(n) for n in shapes[key].shape)]
         assert np.all(values == 1) if key.endswith(".scale") else 0.01 < values.std() < 0.04, key
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "qwen2_moe"])
+def test_a_quantised_dummy_model_has_a_quantised_checkpoint_s_arrays(tmp_path, name):
+    shutil.copy(PARITY / name / "config.json", tmp_path)
+    model = dummy_model(tmp_path, mesh=make_mesh(), quantization="fp8-channel")
+    shapes = parameter_shapes(model.config, Quantization("fp8-channel"))
+    arrays = arrays_of(model)
+    assert {key: (a.shape, a.dtype) for key, a in arrays.items()} == {k: (s.shape, s.dtype) for k, s in shapes.items()}
+    assert arrays["layers.1.attention.o.values"].dtype == jnp.float8_e4m3fn
+    assert 0.01 < np.asarray(model.layers[1].attention.o[...], np.float32).std() < 0.04
 
 
 def test_a_dummy_model_is_its_seeds(tmp_path):

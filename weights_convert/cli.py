@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from weights_convert.convert import DTYPES, convert
+from weights_convert.quantization import FROM_WEIGHTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="store weights so (default: what config.json says, else bfloat16)"
     )
+    parser.add_argument(
+        "--quantize", choices=FROM_WEIGHTS, help="quantise the weights of experts, attention and dense MLPs"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     args = parser.parse_args(argv)
 
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.CRITICAL
     )  # Orbax logs an error's traceback in each thread that it passes
     try:
-        summary = convert(args.src, args.dst, dtype=args.dtype, revision=args.revision)
+        summary = convert(args.src, args.dst, dtype=args.dtype, quantize=args.quantize, revision=args.revision)
     except (ValueError, OSError) as error:
         print(f"epmoe-convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

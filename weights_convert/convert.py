@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -28,8 +30,18 @@ from jax_epmoe.checkpoint import DTYPES as DTYPES
 from jax_epmoe.checkpoint import FORMAT_VERSION, by_layer, parameter_shapes
 from jax_epmoe.config import ModelConfig
 from jax_epmoe.models.families import family_of, read_config
-from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, mtp_tensors, pieces
-from weights_convert.safetensors_file import FLOATS, Tensor, read_checkpoint, read_json
+from jax_epmoe.quant import FORMATS, NOT_QUANTIZED, Quantization
+from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, first_tensor, mtp_tensors, pieces, split_name
+from weights_convert.quantization import (
+    FROM_WEIGHTS,
+    Stored,
+    check_scales,
+    check_values,
+    read_quantization,
+    scales_from,
+    values_from,
+)
+from weights_convert.safetensors_file import FLOATS, FP8, Tensor, read_checkpoint, read_json
 
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -64,11 +76,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Array:
-    """One array to write: its shape and dtype, and the tensors that go to its parts."""
+    """One array to write: its shape and dtype, the tensors that go to its parts, and what is taken of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: tuple[tuple[str, tuple[int, ...]], ...]  # (tensor's name, index)
+    take: Callable[[str, np.ndarray], np.ndarray] = lambda name, tensor: tensor
 
     @property
     def nbytes(self) -> int:
@@ -87,19 +100,21 @@ def convert(
     dst: str | os.PathLike,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     progress: bool = True,
 ) -> Summary:
     """Writes the checkpoint `src` to the folder `dst` in our format (see `jax_epmoe.checkpoint`).
 
-    Takes the memory of one layer. Layers for multi-token prediction are left out; the summary names them. `dst` appears when
+    Takes the memory of one layer. A quantised checkpoint's float8 weights and their scales are kept as they are. Layers for multi-token prediction are left out; the summary names them. `dst` appears when
     all of it is written; a run that fails or is interrupted leaves nothing.
 
     Args:
       src: a folder with config.json and safetensors, or, where no such folder exists, a name on the Hugging Face hub.
       dst: the folder to write; it must not exist, or be empty.
       dtype: of the stored weights: bfloat16, float16 or float32. None takes config.json's `dtype` or `torch_dtype`, or
-        bfloat16 if it has neither. A router's correction bias is float32 always.
+        bfloat16 if it has neither. A router's correction bias is float32 always, and what is quantised is float8.
+      quantize: "fp8-block", "fp8-channel" or "fp8-tensor": quantise the weights of experts, attention and dense MLPs so.
       revision: a branch, tag or commit on the hub.
       progress: show a progress bar, if stderr is a terminal.
 
@@ -113,10 +128,16 @@ def convert(
     hf = _read_hf_config(folder)
     dtype = _choose_dtype(dtype, hf)
     config, tensors = read_config(folder), read_checkpoint(folder)
+    stored = read_quantization(hf)
+    _check_quantize(quantize, stored)
     skipped = mtp_tensors(tensors, config)
     kept = {name: tensor for name, tensor in tensors.items() if name not in skipped}
-    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    arrays = _match(kept, family_of(hf), config, stored)
+    quantization = _quantization(kept, family_of(hf), config, stored)
+    as_numpy = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arrays = _match(kept, family_of(hf), config, as_numpy, quantization, stored)
+    if quantize is not None:
+        quantization = Quantization(quantize)
+        arrays = _quantized(arrays, config, quantization)
     copied = [folder / name for name in COPIED if (folder / name).is_file()]
     nbytes = sum(array.nbytes for array in arrays.values())
     _check_space(target, nbytes + sum(file.stat().st_size for file in copied))
@@ -124,7 +145,7 @@ def convert(
     header = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype,
-        "quantization": None,
+        "quantization": _in_header(quantization),
         "source": {"fingerprint": _fingerprint(tensors, folder)},
     }
     with _folder_that_appears(target) as temporary:
@@ -132,8 +153,10 @@ def convert(
             shutil.copyfile(file, temporary / file.name)
         _write_arrays(temporary / "params", arrays, tensors, progress)
         (temporary / "epmoe.json").write_text(json.dumps(header, indent=2) + "\n")
-    parameters = sum(math.prod(array.shape) for array in arrays.values())
-    return Summary(parameters, nbytes, dtype, time.perf_counter() - start, tuple(sorted(skipped)))
+    weights = [array for name, array in arrays.items() if split_name(name)[1] in ("weight", "values")]
+    parameters = sum(math.prod(array.shape) for array in weights)
+    kind = dtype if quantization.name is None else f"{quantization.name} and {dtype}"
+    return Summary(parameters, nbytes, kind, time.perf_counter() - start, tuple(sorted(skipped)))
 
 
 def _find(src: str, revision: str | None) -> Path:
@@ -167,14 +190,39 @@ def _check_target(dst: Path, folder: Path) -> Path:
 def _read_hf_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; it should be a Hugging Face checkpoint")
-    hf = read_json(folder / "config.json")
-    if hf.get("quantization_config") is not None:
-        method = hf["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(
-            f"config.json has a quantization_config ({method}); only unquantised checkpoints are supported"
-        )
-    return hf
+    return read_json(folder / "config.json")
+
+
+def _check_quantize(quantize: str | None, stored: Stored | None) -> None:
+    if quantize is not None and quantize not in FROM_WEIGHTS:
+        raise ValueError(f"quantize is {quantize!r}; it should be one of {', '.join(FROM_WEIGHTS)}")
+    if quantize is not None and stored is not None:
+        raise ValueError(f"quantize is {quantize!r}; it should be left out: SRC is quantised already, {stored.format}")
+
+
+def _quantization(
+    tensors: Mapping[str, Tensor], family: str, config: ModelConfig, stored: Stored | None
+) -> Quantization:
+    """What of a checkpoint is quantised: the parameters whose tensors are float8, an expert's all or none."""
+    if stored is None:
+        return NOT_QUANTIZED
+    whole = Quantization(stored.format)
+    can_be = {base for base, kind in map(split_name, parameter_shapes(config, whole)) if kind == "values"}
+
+    def is_kept(parameter: str) -> bool:
+        name = first_tensor(family, parameter.replace("moe.w_down", "moe.w_gate_up"))
+        return name in tensors and tensors[name].dtype != FP8
+
+    kept = frozenset(parameter for parameter in can_be if is_kept(parameter))
+    if kept == can_be:
+        raise ValueError(f"config.json has a quantization_config ({stored.format}), but no tensor is {FP8}")
+    return Quantization(stored.format, kept)
+
+
+def _in_header(quantization: Quantization) -> dict[str, Any] | None:
+    if quantization.name is None:
+        return None
+    return {"format": quantization.name, "kept": sorted(quantization.kept)}
 
 
 def _choose_dtype(dtype: str | None, hf: Mapping[str, Any]) -> str:
@@ -187,13 +235,24 @@ def _choose_dtype(dtype: str | None, hf: Mapping[str, Any]) -> str:
     return value
 
 
-def _match(tensors: Mapping[str, Tensor], family: str, config: ModelConfig, dtype: np.dtype) -> dict[str, _Array]:
+def _match(
+    tensors: Mapping[str, Tensor],
+    family: str,
+    config: ModelConfig,
+    dtype: np.dtype,
+    quantization: Quantization = NOT_QUANTIZED,
+    stored: Stored | None = None,
+) -> dict[str, _Array]:
     """The arrays to write, by our names, once every tensor has been found to be what the model needs."""
-    shapes = parameter_shapes(config)
-    wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()})
+    shapes = parameter_shapes(config, quantization)
+    suffixes = None if stored is None else stored.suffixes
+    wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()}, suffixes)
     if config.tie_word_embeddings and TIED_HEAD in tensors:
         wanted[TIED_HEAD] = wanted[EMBEDDING]
     tensors = {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in IGNORED)}
+
+    def dtypes(name: str) -> tuple[str, ...]:
+        return (FP8,) if wanted[name].kind == "values" else tuple(FLOATS)
 
     _refuse(
         [name for name in wanted if name not in tensors],
@@ -206,14 +265,14 @@ def _match(tensors: Mapping[str, Tensor], family: str, config: ModelConfig, dtyp
         ),
     )
     _refuse(
-        [name for name, piece in wanted.items() if tensors[name].shape != piece.shape],
+        [name for name, piece in wanted.items() if tensors[name].shape not in (piece.shape, piece.other_shape)],
         lambda name: f"tensor {name} {_describe(tensors[name])}; it should be {list(wanted[name].shape)}",
     )
     _refuse(
-        [name for name in wanted if tensors[name].dtype not in FLOATS],
+        [name for name in wanted if tensors[name].dtype not in dtypes(name)],
         lambda name: (
             f"tensor {name} {_describe(tensors[name])}; it should be {list(wanted[name].shape)}"
-            f" of a dtype among {', '.join(FLOATS)}"
+            f" of a dtype among {', '.join(dtypes(name))}"
         ),
     )
     if TIED_HEAD in tensors and config.tie_word_embeddings:
@@ -223,12 +282,30 @@ def _match(tensors: Mapping[str, Tensor], family: str, config: ModelConfig, dtyp
     parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in shapes}
     for name, piece in wanted.items():
         parts[piece.parameter].append((name, piece.index))
-    return {
-        name: _Array(
-            struct.shape, np.dtype(np.float32) if name.endswith(".correction_bias") else dtype, tuple(parts[name])
-        )
-        for name, struct in shapes.items()
+    return {name: _array(name, struct, dtype, tuple(parts[name])) for name, struct in shapes.items()}
+
+
+def _array(name: str, struct: jax.ShapeDtypeStruct, dtype: np.dtype, parts: tuple) -> _Array:
+    kind = split_name(name)[1]
+    if kind != "weight":
+        return _Array(struct.shape, struct.dtype, parts, check_values if kind == "values" else check_scales)
+    return _Array(struct.shape, np.dtype(np.float32) if name.endswith(".correction_bias") else dtype, parts)
+
+
+def _quantized(arrays: Mapping[str, _Array], config: ModelConfig, quantization: Quantization) -> dict[str, _Array]:
+    """The arrays to write instead, for weights that are quantised on the way."""
+    format = FORMATS[quantization.name or ""]
+    take = {
+        "values": partial(values_from, granularity=format.weights),
+        "scales": partial(scales_from, granularity=format.weights),
     }
+    result = {}
+    for name, struct in parameter_shapes(config, quantization).items():
+        base, kind = split_name(name)
+        result[name] = (
+            arrays[name] if kind == "weight" else _Array(struct.shape, struct.dtype, arrays[base].parts, take[kind])
+        )
+    return result
 
 
 def _describe(tensor: Tensor) -> str:
@@ -310,8 +387,9 @@ def _assemble(array: _Array, tensors: Mapping[str, Tensor], bar: tqdm) -> np.nda
     """The array, filled from its tensors."""
     result = np.empty(array.shape, array.dtype)
     for name, index in array.parts:
-        tensor = tensors[name].read()
-        part = result[index]
+        tensor = array.take(name, tensors[name].read())
+        place: Any = (*index, ...)
+        part = result[place]
         with np.errstate(over="ignore"):  # not every cast would warn; what has overflowed is looked for below
             part[...] = tensor.reshape(part.shape)
         if not np.can_cast(tensor.dtype, part.dtype) and np.isinf(part).any():

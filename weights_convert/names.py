@@ -21,11 +21,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor goes: `parameter[index]`, and the shape that it has in the file."""
+    """Where one tensor goes: `parameter[index]`, and the shape that it has in the file, or the other that it may have.
+
+    `kind`: "weight", or the part of a quantised parameter that it is: "values", "scales", "input_scales".
+    """
 
     parameter: str
     index: tuple[int, ...]
     shape: tuple[int, ...]
+    kind: str = "weight"
+    other_shape: tuple[int, ...] | None = None
 
 
 LAYER = "model.layers.{i}."
@@ -127,8 +132,11 @@ FAMILIES: dict[str, dict[str, Source]] = {
     "qwen3_moe": {**_MODEL, **_GQA, **_QK_NORM, **_MOE, **_DENSE},
 }
 
-# What old checkpoints carry although it is computed, not learnt.
-IGNORED = (re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
+# What old checkpoints carry although it is computed, not learnt; scales for a float8 cache, which this project does not have.
+IGNORED = (
+    re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    re.compile(r"model\.layers\.\d+\.self_attn\.(kv_scale|([kv]_proj\.)?[kv]_scale|[kv]_proj\.output_scale)"),
+)
 
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -143,23 +151,50 @@ def mtp_tensors(names: Iterable[str], config: ModelConfig) -> set[str]:
     return {name for name, number in found if number and int(number[1]) in layers}
 
 
-def pieces(family: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
-    """By Hugging Face's name, every tensor that a model of `family` with parameters of these `shapes` is made from."""
-    table = FAMILIES[family]
+def pieces(
+    family: str, shapes: Mapping[str, Sequence[int]], suffixes: Mapping[str, str] | None = None
+) -> dict[str, Piece]:
+    """By Hugging Face's name, every tensor that a model of `family` with parameters of these `shapes` is made from.
+
+    `suffixes`: what "scales" and "input_scales" of a quantised weight have at the end of their names, for `.weight`.
+    """
     found = {}
     for parameter, shape in shapes.items():
-        number = _LAYER_NUMBER.match(parameter)
-        source = table.get(_LAYER_NUMBER.sub("layers.{i}.", parameter))
-        if source is None:
-            raise ValueError(f"parameter {parameter} is not in the table of tensor names for {family}")
-        layer = number[1] if number else None
+        base, kind = split_name(parameter)
+        source, layer = _source(family, base)
         has_experts, is_pair = "{e}" in source.names[0], len(source.names) == 2
         stored = tuple(shape[has_experts + is_pair :])
-        if source.heads is not None:
+        if source.heads is not None and kind == "weight":
             axis = source.heads
             stored = (*stored[:axis], stored[axis] * stored[axis + 1], *stored[axis + 2 :])
+        # Scales of channels are columns in some files, and a lone scale may have a dimension.
+        other = (*stored, 1) if kind in ("scales", "input_scales") and len(stored) < 2 else None
         for expert in range(shape[0]) if has_experts else (None,):
             for half, name in enumerate(source.names):
                 index = (*((expert,) if expert is not None else ()), *((half,) if is_pair else ()))
-                found[name.format(i=layer, e=expert)] = Piece(parameter, index, stored)
+                full = name.format(i=layer, e=expert)
+                if suffixes is not None and kind in suffixes:
+                    full = full.removesuffix(".weight") + suffixes[kind]
+                found[full] = Piece(parameter, index, stored, kind, other)
     return found
+
+
+def split_name(parameter: str) -> tuple[str, str]:
+    """A parameter's name without its last part, where it is a part of a quantised one, and which part; or with "weight"."""
+    base, _, kind = parameter.rpartition(".")
+    return (base, kind) if kind in ("values", "scales", "input_scales") else (parameter, "weight")
+
+
+def first_tensor(family: str, parameter: str) -> str:
+    """By Hugging Face's name, the first of the tensors that a parameter is made from."""
+    source, layer = _source(family, parameter)
+    return source.names[0].format(i=layer, e=0)
+
+
+def _source(family: str, parameter: str) -> tuple[Source, str | None]:
+    """Where a parameter comes from, and the number of its layer."""
+    number = _LAYER_NUMBER.match(parameter)
+    source = FAMILIES[family].get(_LAYER_NUMBER.sub("layers.{i}.", parameter))
+    if source is None:
+        raise ValueError(f"parameter {parameter} is not in the table of tensor names for {family}")
+    return source, number[1] if number else None

@@ -29,6 +29,8 @@ FLOATS: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+FP8 = "F8_E4M3"
+_READABLE = FLOATS | {FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """The tensor, mapped: its pages are read when touched, and are given back with the last reference."""
-        return np.memmap(self.file, FLOATS[self.dtype], mode="r", offset=self.offset, shape=self.shape)
+        return np.memmap(self.file, _READABLE[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="dummy: random weights, for a folder with only config.json",
     )
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
-    group.add_argument("--backend", choices=("hopper", "xla"), help="grouped GEMM; default: the fastest")
+    group.add_argument("--backend", choices=("hopper", "triton", "xla"), help="grouped GEMM; default: the fastest")
 
     group = parser.add_argument_group("devices")
     group.add_argument(

@@ -1,15 +1,18 @@
 """What kernels ask the device that they will run on."""
 
+import re
+
 import jax
 
 
-def compute_capability() -> float:
-    """Of JAX's default device, such as 9.0 (Hopper); 0.0 where that is no NVIDIA GPU."""
-    return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+def compute_capability() -> int:
+    """Of JAX's default device: 89 for 8.9; 0 where it is no NVIDIA GPU."""
+    found = re.fullmatch(r"(\d+)\.(\d)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return 10 * int(found[1]) + int(found[2]) if found else 0
 
 
 def on_hopper() -> bool:
-    return compute_capability() == 9.0
+    return compute_capability() == 90
 
 
 def num_sms() -> int:

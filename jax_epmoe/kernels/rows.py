@@ -9,20 +9,20 @@ from jax_epmoe.kernels import rows_hopper
 from jax_epmoe.kernels.device import on_hopper
 
 
-def dispatch(x: jax.Array, pair_row: jax.Array, row_token: jax.Array) -> jax.Array:
-    """Each row's token: `out[pair_row[t, j]] = x[t]`. Not differentiable.
+def dispatch(x: jax.Array, pair_row: jax.Array, num_rows: int) -> jax.Array | None:
+    """Each token at all its rows: `out[pair_row[t, j]] = x[t]`. Reads each token once, where a gather reads it once a row.
 
     Args:
       x: `[T, H]`.
-      pair_row: `[T, k]` int32, each row once; R or more: a pair without a row.
-      row_token: `[R]` int32, the same the other way round; any token for rows that no pair names.
+      pair_row: `[T, k]` int32, each row at most once; `num_rows` or more: a pair without a row.
 
     Returns:
-      `[R, H]` in x's dtype; rows that no pair names may hold anything, NaN too.
+      `[num_rows, H]` in x's dtype, not differentiable; rows that no pair names may hold anything, NaN too. None where no kernel
+      of ours serves the call.
     """
-    if on_hopper() and rows_hopper.serves(x) and pair_row.size and row_token.size:
-        return rows_hopper.dispatch(x, pair_row, len(row_token))  # reads each token once, not once a row
-    return x[row_token]
+    if on_hopper() and rows_hopper.serves(x) and pair_row.size and num_rows:
+        return rows_hopper.dispatch(x, pair_row, num_rows)
+    return None
 
 
 def combine(

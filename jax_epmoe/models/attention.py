@@ -7,6 +7,7 @@ Both are called with tokens at absolute positions and, when generating, a cache 
 position up to its own. Entries past a sequence's end are never seen before they are overwritten.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,6 @@ from jax_epmoe.parameters import parameter, run_on_shards
 Cache = tuple[jax.Array, ...]
 RopeTable = tuple[jax.Array, jax.Array]
 
-_LIBRARY = "cudnn"
 _MASK_BYTES = 2**29  # the largest mask that is made for the library
 _SCORES_BYTES = 2**28
 
@@ -51,7 +51,7 @@ def causal_attention(
     key_positions = _key_positions(batch, num_keys) if cached else positions
     masked = cached and (length > 1 or sliding_window is not None)
     if not (
-        compute_capability() >= 8.0
+        compute_capability() >= 80
         and q.dtype == k.dtype == v.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and dim % 8 == 0
@@ -70,7 +70,8 @@ def causal_attention(
         if sliding_window is not None:
             what_is_seen["local_window_size"] = (sliding_window - 1, 0)
     padded_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, dim - v.shape[-1])))  # its dimension must be the keys'
-    out = jax.nn.dot_product_attention(q, k, padded_v, scale=scale, implementation=_LIBRARY, **what_is_seen)
+    library: Callable[..., jax.Array] = jax.nn.dot_product_attention
+    out = library(q, k, padded_v, scale=scale, implementation="cudnn", **what_is_seen)
     return out[..., : v.shape[-1]]
 
 

@@ -15,6 +15,7 @@ from jax_epmoe.config import RopeConfig
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES
 from jax_epmoe.moe.gated_mlp import GatedMLP, linear
 from jax_epmoe.parameters import parameter, run_on_shards
+from jax_epmoe.quant import NOT_QUANTIZED, Quantization
 
 
 def tokens_spec(ndim: int, split: bool = False) -> P:
@@ -176,10 +177,10 @@ class DenseMLP(GatedMLP):
         dtype,
         rngs: nnx.Rngs,
         split_tokens: bool = False,
+        quantization: Quantization = NOT_QUANTIZED,
     ):
-        super().__init__(
-            hidden_size, intermediate_size, activation=activation, axes=TP_AXES, mesh=mesh, dtype=dtype, rngs=rngs
-        )
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs, "quantization": quantization}
+        super().__init__(hidden_size, intermediate_size, activation=activation, axes=TP_AXES, **new)
         self.mesh = mesh
         self.split_tokens = split_tokens
 

@@ -11,7 +11,9 @@ from jax_epmoe.config import GQAConfig, ModelConfig, require
 from jax_epmoe.mesh import ALL_AXES, DATA, axes_size
 from jax_epmoe.models.attention import GQA, MLA, Cache, RopeTable
 from jax_epmoe.models.blocks import DenseMLP, Embedding, Head, RMSNorm, rope_table
+from jax_epmoe.models.projections import quantize_projections
 from jax_epmoe.moe.layer import EPMoE
+from jax_epmoe.quant import NOT_QUANTIZED, Quantization
 
 
 class DecoderLayer(nnx.Module):
@@ -31,6 +33,7 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
         backend: str | None,
         dp_attention: bool,
+        quantization: Quantization = NOT_QUANTIZED,
     ):
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -41,13 +44,24 @@ class DecoderLayer(nnx.Module):
             )
         else:
             self.attention = MLA(config.attention, config.rope, hidden, data_parallel=dp_attention, **new)
+        quantize_projections(self.attention, quantization.inside("attention"), **new)
         self.mlp_norm = RMSNorm(hidden, eps, **new)
         if has_experts:
-            self.moe = EPMoE(config.moe, backend=backend, split_tokens=dp_attention, **new)
+            self.moe = EPMoE(
+                config.moe,
+                backend=backend,
+                split_tokens=dp_attention,
+                quantization=quantization.inside("moe"),
+                **new,
+            )
         else:
-            activation = config.moe.activation
             self.mlp = DenseMLP(
-                hidden, config.dense_intermediate_size, activation=activation, split_tokens=dp_attention, **new
+                hidden,
+                config.dense_intermediate_size,
+                activation=config.moe.activation,
+                split_tokens=dp_attention,
+                quantization=quantization.inside("mlp"),
+                **new,
             )
         self.has_experts = has_experts
 
@@ -81,6 +95,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         backend: str | None = None,
         dp_attention: bool = False,
+        quantization: Quantization = NOT_QUANTIZED,
     ):
         """
         Args:
@@ -91,6 +106,7 @@ class Decoder(nnx.Module):
           backend: of `grouped_gemm`; None picks the fastest.
           dp_attention: deal sequences, not heads, over the tensor-parallel group in attention. Its weights are then on every device, each
             key and value is cached once, and batches are multiples of `dp_size * tp_size`.
+          quantization: of the weights of experts, attention and dense MLPs; the router, norms, embedding and head stay as they are.
         """
         self.config = config
         self.mesh = mesh
@@ -100,8 +116,15 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.hidden_size, split_tokens=dp_attention, **new)
         self.layers = nnx.List(
             [
-                DecoderLayer(config, has_experts, backend=backend, dp_attention=dp_attention, **new)
-                for has_experts in config.moe_layers
+                DecoderLayer(
+                    config,
+                    has_experts,
+                    backend=backend,
+                    dp_attention=dp_attention,
+                    quantization=quantization.inside(f"layers.{i}"),
+                    **new,
+                )
+                for i, has_experts in enumerate(config.moe_layers)
             ]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **new)

@@ -6,14 +6,16 @@ How many of the `T * k` pairs fall to a device is known only when the program ru
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
-from jax_epmoe.kernels.rows import combine
+from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
+from jax_epmoe.kernels.rows import combine, dispatch
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
+from jax_epmoe.quant import QuantizedArray, QuantizedWeights
 
 # What a chunk's activations may take by default. Rows that are not there cost memory and no time, a loop costs time: the host
 # waits for the number of chunks.
@@ -38,8 +40,8 @@ class _Chunk(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def run_experts(
     tokens: jax.Array,
-    w_gate_up: jax.Array,
-    w_down: jax.Array,
+    w_gate_up: jax.Array | QuantizedWeights,
+    w_down: jax.Array | QuantizedWeights,
     weights: jax.Array,
     plan: Plan,
     base: jax.Array | None,
@@ -50,10 +52,13 @@ def run_experts(
 ) -> jax.Array:
     """`base` and each token's weighted sum over its experts on this device, if it has any. Differentiable by recomputation.
 
+    Quantised weights have no gradient. Tokens are quantised once, before they are copied to rows; the second product's input as it
+    leaves the first, from float32. A dynamic scale of it per tensor or per token is over a chunk's rows and this device's part of I.
+
     Args:
       tokens: `[T, H]`.
       w_gate_up: `[E, 2, I, H]`, gate first.
-      w_down: `[E, H, I]`.
+      w_down: `[E, H, I]`, quantised if `w_gate_up` is.
       weights: `[T, k]` float32.
       plan: of the device's rows.
       base: `[T, H]` float32; None: zeros.
@@ -67,14 +72,13 @@ def run_experts(
     """
 
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
+    gate_up, down = _products(tokens, w_gate_up, w_down, activation, multiply)
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
         with jax.named_scope("gate_up"):
-            hidden = multiply(
-                tokens, w_gate_up, chunk.group_sizes, row_index=chunk.row_token, activation=activation
-            )  # [chunk_rows, I]
+            hidden = gate_up(chunk)  # [chunk_rows, I]
         with jax.named_scope("down"):
-            y = multiply(hidden, w_down, chunk.group_sizes)  # [chunk_rows, H]
+            y = down(chunk, hidden)  # [chunk_rows, H]
         with jax.named_scope("combine"):
             return combine(y, chunk.pair_row, weights, base, dtype)
 
@@ -87,7 +91,42 @@ def run_experts(
     return out.astype(tokens.dtype)
 
 
+def _products(
+    tokens: jax.Array,
+    w_gate_up: jax.Array | QuantizedWeights,
+    w_down: jax.Array | QuantizedWeights,
+    activation: str,
+    multiply: Callable[..., Any],
+) -> tuple[Callable[[_Chunk], Any], Callable[[_Chunk, Any], jax.Array]]:
+    """`chunk -> hidden`, which is quantised if the weights are, and `(chunk, hidden) -> y`."""
+    if not (isinstance(w_gate_up, QuantizedWeights) and isinstance(w_down, QuantizedWeights)):
+
+        def plain_gate_up(chunk: _Chunk) -> jax.Array:
+            product = functools.partial(multiply, w=w_gate_up, group_sizes=chunk.group_sizes, activation=activation)
+            rows = dispatch(tokens, chunk.pair_row, len(chunk.row_token))
+            return product(tokens, row_index=chunk.row_token) if rows is None else product(rows)
+
+        return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes)
+
+    with jax.named_scope("quantize"):
+        x = w_gate_up.quantize_input(tokens)
+    first, second = w_gate_up.weights, w_down.weights
+
+    def gate_up(chunk: _Chunk) -> QuantizedArray:
+        scales = {"x_scale": x.scales, "w_scale": first.scales, "out_scale": w_down.input_scales}
+        options = {"row_index": chunk.row_token, "activation": activation, "quantize_out": w_down.format.activations}
+        return multiply(x.values, first.values, chunk.group_sizes, **scales, **options)
+
+    def down(chunk: _Chunk, hidden: QuantizedArray) -> jax.Array:
+        scales = {"x_scale": hidden.scales, "w_scale": second.scales}
+        return multiply(hidden.values, second.values, chunk.group_sizes, **scales, out_dtype=tokens.dtype)
+
+    return gate_up, down
+
+
 def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows):
+    if isinstance(w_gate_up, QuantizedWeights):
+        refuse_gradient()
     out = run_experts(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows)
     return out, (tokens, w_gate_up, w_down, weights, plan, base is not None)
 

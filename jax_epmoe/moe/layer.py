@@ -1,6 +1,7 @@
 """`EPMoE`: a Mixture-of-Experts layer whose experts are dealt over a device mesh."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax_epmoe.moe.gated_mlp import GatedMLP
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, make_plan
 from jax_epmoe.moe.router import route
 from jax_epmoe.parameters import parameter, run_on_shards
+from jax_epmoe.quant import BLOCK, NOT_QUANTIZED, Quantization
+from jax_epmoe.quantized_parameters import expert_weights
 
 
 class Router(nnx.Module):
@@ -43,7 +46,8 @@ class EPMoE(nnx.Module):
 
     Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
     `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
-    with zeros, which change neither outputs nor gradients.
+    with zeros, which change neither outputs nor gradients. Quantised, each of these weights is a module with `values`, `scales` and, in
+    a static format, `input_scales` (see `jax_epmoe.quant`).
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class EPMoE(nnx.Module):
         backend: str | None = None,
         chunk_rows: int | None = None,
         split_tokens: bool = False,
+        quantization: str | Quantization = NOT_QUANTIZED,
     ):
         """
         Args:
@@ -73,9 +78,11 @@ class EPMoE(nnx.Module):
           chunk_rows: how many rows, copies of tokens in expert order, a device processes at a time: a multiple of 8, which bounds
             its activations. None: half as many again as balanced routing gives it, within 2 GiB.
           split_tokens: x and the output are split over the expert and tensor axes as well as over `data_axes`.
+          quantization: of the experts' weights, a name in `jax_epmoe.quant.FORMATS`; they have no gradient then.
 
         Raises:
-          ValueError: an axis that the mesh lacks or that is named twice, or a number of experts that the mesh does not divide.
+          ValueError: an axis that the mesh lacks or that is named twice, a number of experts that the mesh does not divide, or an
+            I of which it would cut quantised blocks.
         """
         data = () if data_axes is None else (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
         reduced = tuple(axis for axis in (expert_axis, tensor_axis) if axis is not None)
@@ -101,11 +108,24 @@ class EPMoE(nnx.Module):
         self.split_tokens = split_tokens and axes_size(mesh, reduced) > 1
         experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
         self.router = Router(config, mesh=mesh, rngs=rngs)
-        self.w_gate_up = parameter(
-            (experts, 2, inner, hidden), (expert_axis, None, tensor_axis, None), mesh=mesh, dtype=dtype, rngs=rngs
+        if isinstance(quantization, str):
+            quantization = Quantization(quantization)
+        format = quantization.of("w_gate_up")
+        require(
+            format == quantization.of("w_down"),
+            "quantization",
+            quantization,
+            "of w_gate_up and w_down both, or of neither",
         )
-        self.w_down = parameter(
-            (experts, hidden, inner), (expert_axis, None, tensor_axis), mesh=mesh, dtype=dtype, rngs=rngs
+        self.is_quantized = format is not None
+        if format is not None and format.weights == "block":
+            _require_whole_blocks(config, ep_size, axes_size(mesh, tensor_axis))
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
+        self.w_gate_up = expert_weights(
+            (experts, 2, inner, hidden), (expert_axis, None, tensor_axis, None), format, shared_input=True, **new
+        )
+        self.w_down = expert_weights(
+            (experts, hidden, inner), (expert_axis, None, tensor_axis), format, shared_input=False, **new
         )
         shared_size = config.shared_intermediate_size
         self.shared = (
@@ -114,10 +134,9 @@ class EPMoE(nnx.Module):
                 shared_size,
                 activation=config.activation,
                 axes=reduced,
-                mesh=mesh,
-                dtype=dtype,
-                rngs=rngs,
                 output_gate=config.shared_expert_gate,
+                quantization=quantization.inside("shared"),
+                **new,
             )
             if shared_size
             else None
@@ -177,6 +196,8 @@ class EPMoE(nnx.Module):
             plan = make_plan(ids, first_expert, local_experts)
         with jax.named_scope("shared_experts"):
             shared = None if self.shared is None else self.shared.partial_sum(tokens)
+        if self.is_quantized:
+            tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)  # padding has no say in a scale that all tokens share
         out = run_experts(
             tokens,
             self.w_gate_up[...],
@@ -186,15 +207,28 @@ class EPMoE(nnx.Module):
             shared,
             config.activation,
             self.backend,
-            self._chunk_rows(ids.size),
+            self._chunk_rows(ids.size, x.dtype.itemsize),
             -(-ids.size // axes_size(self.mesh, self.expert_axis)),
         ).reshape(x.shape)
         if axes_size(self.mesh, self.reduce_axes) > 1:
             out = sum_tokens(out, self.reduce_axes, split=self.split_tokens)
         return out, plan.group_sizes
 
-    def _chunk_rows(self, pairs: int) -> int:
+    def _chunk_rows(self, pairs: int, itemsize: int) -> int:
         if self.chunk_rows is not None:
             return self.chunk_rows
         _, hidden, inner = self.w_down.shape
-        return default_chunk_rows(pairs, hidden, inner, self.w_down.dtype.itemsize)
+        return default_chunk_rows(pairs, hidden, inner, itemsize)
+
+
+def _require_whole_blocks(config: MoEConfig, ep_size: int, tensor_size: int) -> None:
+    """Refuses devices that would share a block of an expert's weights: its scale would then depend on the mesh."""
+    inner, tp_size = config.intermediate_size, ep_size * tensor_size
+
+    def cuts(parts: int) -> bool:
+        return parts > 1 and -(-inner // parts) % BLOCK != 0
+
+    sizes = [n for n in range(1, tp_size + 1) if tp_size % n == config.num_experts % n == 0 and not cuts(tp_size // n)]
+    works = f"one of {', '.join(map(str, sizes))}" if sizes else f"used with a tp_size below {tp_size}"
+    reason = f"{tensor_size} devices to an expert would cut its {inner} within blocks of {BLOCK}"
+    require(not cuts(tensor_size), "ep_size", ep_size, f"{works}: {reason}")

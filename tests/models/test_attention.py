@@ -86,7 +86,7 @@ def on_a_gpu(monkeypatch):
 
     library = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    monkeypatch.setattr(attention_module, "compute_capability", lambda: 8.0)
+    monkeypatch.setattr(attention_module, "compute_capability", lambda: 80)
     return calls
 
 

@@ -125,7 +125,7 @@ BAD = {
     "config is not JSON": (lambda src: (src / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config is a list": (lambda src: (src / "config.json").write_text("[]"), r"config\.json holds a list"),
     "unknown family": (edit_config(model_type="llama"), r"model_type is 'llama'; it should be one of mixtral"),
-    "quantised": (edit_config(quantization_config={"quant_method": "fp8"}), r"quantization_config \(fp8\)"),
+    "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), "quant_method is 'gptq'; it should be one of"),
     "config's dtype": (edit_config(torch_dtype="float8"), r"dtype is 'float8'; it should be one of bfloat16"),
     "pickle": (only_pickle, r"has pytorch_model\.bin \(a pickle.*should have model\.safetensors"),
     "no weights": (no_weights, r"has no weights; it should have model\.safetensors"),
@@ -209,7 +209,7 @@ def test_all_of_a_kind_are_counted(tmp_path, capsys):
     assert_refused(capsys, [src, tmp_path / "dst"], r"shared_experts.* is missing.*\(and 2 more like it\)", tmp_path)
 
 
-def test_deepseek_v3_in_fp8_is_refused(tmp_path, capsys):
+def test_fp8_that_only_config_json_tells_of_is_refused(tmp_path, capsys):
     quantization = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -218,7 +218,7 @@ def test_deepseek_v3_in_fp8_is_refused(tmp_path, capsys):
     }
     tensors, _ = tensors_and_expected(DEEPSEEK_V3)
     src = write(tmp_path / "src", DEEPSEEK_V3 | {"quantization_config": quantization}, tensors)
-    line = r"quantization_config \(fp8\); only unquantised checkpoints are supported"
+    line = r"config.json has a quantization_config \(fp8-block\), but no tensor is F8_E4M3"
     assert_refused(capsys, [src, tmp_path / "dst"], line, tmp_path)
 
 

@@ -12,16 +12,19 @@ NotImplementedError, and the next is asked. The gradient of the weights is an `o
 
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_epmoe.config import require
 from jax_epmoe.kernels.activations import ACTIVATIONS, gate
-from jax_epmoe.kernels.grouped_gemm import hopper, hopper_outer, reference
+from jax_epmoe.kernels.grouped_gemm import hopper, hopper_outer, reference, triton
+from jax_epmoe.kernels.grouped_gemm.quantized import quantized_gemm
 
 # In order of preference.
-BACKENDS = {"hopper": hopper, "xla": reference}
+BACKENDS = {"hopper": hopper, "triton": triton, "xla": reference}
+OUTERS = {"hopper": hopper_outer, "triton": triton, "xla": reference}
 
 
 def grouped_gemm(
@@ -32,10 +35,14 @@ def grouped_gemm(
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
     activation: str | None = None,
+    x_scale: jax.Array | None = None,
+    w_scale: jax.Array | None = None,
+    quantize_out: str | None = None,
+    out_scale: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
     expected_rows: int | None = None,
-) -> jax.Array:
+) -> Any:  # a jax.Array, or with quantize_out a QuantizedArray
     """Multiplies each group of rows by its own expert's weights, accumulating in float32; differentiable.
 
     Args:
@@ -46,12 +53,18 @@ def grouped_gemm(
       row_index: `[rows]` int32 or None.
       bias: `[experts, n]` (`[experts, 2, n]` with `activation`) added before the activation, or None.
       activation: None, "silu", "gelu" (exact) or "gelu_pytorch_tanh".
-      out_dtype: default x's. Values are rounded once, at the end.
-      backend: "hopper" or "xla"; None picks the fastest that supports the call on this device.
+      x_scale: of a float8_e4m3fn x, float32: `[]`, `[rows]` or `[ceil(k / 128), rows]`, with the rows of x (tokens, with `row_index`).
+      w_scale: of a float8_e4m3fn w, float32: `[experts]`, `[experts, n]` or `[experts, ceil(n / 128), ceil(k / 128)]`; with
+        `activation` a 2 after the experts. Operands have both scales, or neither (see `jax_epmoe.quant`).
+      quantize_out: "tensor", "token" or "group": quantise the output so, from its float32 values.
+      out_scale: `[experts]` float32: scales to quantise each expert's rows with, for "tensor"; None: from the values.
+      out_dtype: default x's, or bfloat16 where x is quantised. Values are rounded once, at the end.
+      backend: "hopper", "triton" or "xla"; None picks the fastest that supports the call on this device.
       expected_rows: about what `group_sizes` will add up to, where that is less than `rows`; it picks tile sizes, no more.
 
     Returns:
-      `[rows, n]`: `act(x @ gate.T) * (x @ up.T)`, or `x @ w.T` without an activation.
+      `[rows, n]`: `act(x @ gate.T) * (x @ up.T)`, or `x @ w.T` without an activation; with `quantize_out` a `QuantizedArray`
+      (with `out_scale`: one scale a row).
 
     Raises:
       ValueError: shapes or names that do not fit, with the argument's name.
@@ -65,7 +78,9 @@ def grouped_gemm(
     expected = "[experts, 2, n, k]" if gated else "[experts, n, k]"
     require(w.ndim == 3 + gated and (not gated or w.shape[1] == 2), "w.shape", w.shape, expected)
     require(x.ndim == 2 and x.shape[1] == w.shape[-1], "x.shape", x.shape, f"[rows, {w.shape[-1]}], with the k of w")
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if out_dtype is None:
+        out_dtype = x.dtype if x_scale is None else jnp.bfloat16
+    out_dtype = jnp.dtype(out_dtype)
     for name, dtype in (("x.dtype", x.dtype), ("w.dtype", w.dtype), ("out_dtype", out_dtype)):
         require(jnp.issubdtype(dtype, jnp.floating), name, str(dtype), "a floating type")
     require(
@@ -88,9 +103,14 @@ def grouped_gemm(
         expected_rows,
         "None or how many rows there will be",
     )
+    expected_rows = rows if expected_rows is None else min(expected_rows, rows)
+    if not (x_scale is w_scale is quantize_out is out_scale is None):
+        return quantized_gemm(
+            x, w, group_sizes, x_scale, w_scale, out_scale, row_index=row_index, bias=bias, activation=activation,
+            quantize_out=quantize_out, out_dtype=out_dtype, backend=backend, expected_rows=expected_rows,
+        )  # fmt: skip
     if rows == 0:
         return jnp.zeros((0, w.shape[-2]), out_dtype)
-    expected_rows = rows if expected_rows is None else min(expected_rows, rows)
     return _grouped_gemm(x, w, group_sizes, row_index, bias, activation, out_dtype, backend, expected_rows)
 
 
@@ -105,10 +125,10 @@ def _matmul(backend: str | None, *args, **kwargs) -> jax.Array:
 
 
 def _outer(backend: str | None, *args, **kwargs) -> jax.Array:
-    """`outer` of Hopper, unless another backend was named; `reference.outer` where that cannot serve the call either way."""
-    if backend in (None, "hopper"):
+    """`outer` of the named backend, or of the first that serves the call; `reference.outer` where the named one cannot."""
+    for module in (OUTERS[backend],) if backend else OUTERS.values():
         with suppress(NotImplementedError):
-            return hopper_outer.outer(*args, **kwargs)
+            return module.outer(*args, **kwargs)
     return reference.outer(*args, **kwargs)
 
 

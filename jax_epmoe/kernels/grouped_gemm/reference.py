@@ -5,11 +5,17 @@ its memory follow the rows that there are: no `[experts, rows, k]` array, no cop
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_epmoe.kernels.activations import gate
+from jax_epmoe.quant import Granularity, QuantizedArray, dequantize, quantize
+
+# What scales are of, by their number of dimensions: of x's, and how many fewer than w's.
+ACTIVATIONS: tuple[Granularity, ...] = ("tensor", "token", "group")
+WEIGHTS: tuple[Granularity, ...] = ("block", "channel", "tensor")
 
 
 def matmul(
@@ -23,11 +29,13 @@ def matmul(
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
     expected_rows: int | None = None,
+    x_scale: jax.Array | None = None,
+    w_scale: jax.Array | None = None,
 ) -> jax.Array:
     """`out[r] = act(x[r] @ w[e, 0].T) * (x[r] @ w[e, 1].T)` or `x[r] @ w[e].T`, e the expert of row r -> `[rows, n]`.
 
     Shapes are those of `grouped_gemm`. With `transpose_w`, `w [experts, k, n]` and no activation: `x[r] @ w[e]`.
-    Rows past `sum(group_sizes)` come out as zeros.
+    Rows past `sum(group_sizes)` come out as zeros. Quantised operands, those with scales, are dequantised to float32 first.
     """
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     n = w.shape[-1] if transpose_w else w.shape[-2]
@@ -37,6 +45,9 @@ def matmul(
         source = row if row_index is None else row_index.at[row].get(mode="fill", fill_value=x.shape[0])
         block = x.at[source].get(mode="fill", fill_value=0)  # [block_rows, k]
         weights = w[expert]
+        if x_scale is not None and w_scale is not None:
+            block = dequantize(QuantizedArray(block, _scales_of_rows(x_scale, source), ACTIVATIONS[x_scale.ndim]))
+            weights = dequantize(QuantizedArray(weights, w_scale[expert], WEIGHTS[w.ndim - w_scale.ndim]))
         product = _dot(block, weights, contract=(1, weights.ndim - 1 if not transpose_w else 0))  # [block_rows, (2,) n]
         if bias is not None:
             product += bias[expert].astype(jnp.float32)
@@ -45,6 +56,30 @@ def matmul(
         return out.at[row].set(product.astype(out_dtype), mode="drop")
 
     return _for_each_block(step, jnp.zeros((rows, n), out_dtype), group_sizes, rows, block_rows)
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    quantize_out: Granularity | None = None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike,
+    **kwargs: Any,
+) -> jax.Array | QuantizedArray:
+    """`matmul` of operands with scales; with `quantize_out`, its float32 output is quantised and never rounded otherwise."""
+    if quantize_out is None:
+        return matmul(x, w, group_sizes, out_dtype=out_dtype, **kwargs)
+    out = matmul(x, w, group_sizes, out_dtype=jnp.float32, **kwargs)
+    if out_scale is None:
+        return quantize(out, quantize_out)
+    return quantize(out, "token", jnp.repeat(out_scale, group_sizes, total_repeat_length=out.shape[0]))
+
+
+def _scales_of_rows(x_scale: jax.Array, row: jax.Array) -> jax.Array:
+    """The scales of `x[row]`: rows are the last dimension, if there is one."""
+    return x_scale if x_scale.ndim == 0 else x_scale.at[..., row].get(mode="fill", fill_value=0)
 
 
 def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -54,6 +54,9 @@ class HFConfig:
             raise ValueError(f"{self._where}: {key} is {value!r}; it should be a token id or a list of them")
         return tuple(ids)
 
+    def has(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
     def must_be(self, key: str, supported: Any) -> None:
         """Refuses a value whose meaning is not implemented."""
         value = self._values.get(key, supported)

@@ -1,0 +1,119 @@
+"""The kernels around the grouped GEMM, on a Hopper GPU, against their definitions: rows, top-k, attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_epmoe.config import MoEConfig
+from jax_epmoe.kernels import device, mla_hopper, rows, rows_hopper, top_k_hopper
+from jax_epmoe.models import attention
+from jax_epmoe.moe import router
+from jax_epmoe.moe.plan import make_plan
+
+pytestmark = pytest.mark.skipif(not device.on_hopper(), reason="needs a Hopper GPU")
+
+
+def relative_error(got, expected) -> float:
+    got, expected = (np.asarray(a.astype(jnp.float32), np.float64) for a in (got, expected))
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "first", "local"),
+    [(4096, 6, 160, 40, 20), (2048, 8, 128, 0, 128), (50000, 2, 300, 0, 300), (64, 8, 64, 0, 64), (3, 1, 8, 4, 4)],
+)
+def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local):
+    scores = normal(0, tokens, experts, dtype=jnp.float32)
+    ids = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+    plan = jax.jit(make_plan, static_argnums=(1, 2))(ids, first, local)
+    flat = np.asarray(ids).reshape(-1)
+    wanted = np.flatnonzero((flat >= first) & (flat < first + local))
+    wanted = wanted[np.argsort(flat[wanted], kind="stable")]
+    np.testing.assert_array_equal(plan.row_pair[: len(wanted)], wanted)
+    assert int(plan.group_sizes.sum()) == len(wanted)
+
+    x, weights = normal(1, tokens, 1536), jax.random.uniform(jax.random.key(2), (tokens, top_k))
+    base = normal(3, tokens, 1536, dtype=jnp.float32)
+    row_token = plan.row_pair // top_k
+    dealt = rows.dispatch(x, plan.pair_row, len(row_token))
+    assert dealt is not None
+    gathered = rows_hopper.gather(x, row_token, jnp.int32(len(wanted)))
+    expected = x[row_token]
+    for got in (dealt, gathered):
+        np.testing.assert_array_equal(got[: len(wanted)], expected[: len(wanted)])
+    y = dealt.at[len(wanted) :].set(jnp.nan)
+    for start, dtype in ((None, jnp.bfloat16), (base, jnp.bfloat16), (base, jnp.float32)):
+        got = rows.combine(y, plan.pair_row, weights, start, dtype)
+        assert relative_error(got, rows._reference(jnp.float32, y, plan.pair_row, weights, start)) < 5e-3
+
+
+@pytest.mark.parametrize(("experts", "k"), [(160, 6), (128, 8), (256, 8), (64, 6), (8, 2)])
+def test_top_k(experts, k):
+    scores = jnp.round(normal(0, 5000, experts, dtype=jnp.float32) * 20)  # with ties
+    for got, expected in zip(top_k_hopper.top_k(scores, k), jax.lax.top_k(scores, k), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_many_tokens_are_routed_as_in_float32():
+    config = MoEConfig(hidden_size=2048, intermediate_size=8, num_experts=160, top_k=6, n_group=8, topk_group=3)
+    x, weight = normal(0, 4096, 2048), normal(1, 160, 2048).astype(jnp.float32) / 45
+    weights, ids = jax.jit(router.route, static_argnums=3)(x, weight, None, config)
+    expected_weights, expected_ids = jax.jit(router.route, static_argnums=3)(
+        x.astype(jnp.float32), weight, None, config
+    )
+    assert np.mean(np.asarray(ids) != np.asarray(expected_ids)) < 1e-4  # scores that are equal but for rounding
+    same = np.asarray(ids == expected_ids).all(axis=1)
+    np.testing.assert_allclose(weights[same], expected_weights[same], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "heads", "length"), [(64, 16, 1024), (1, 16, 4096), (7, 128, 777), (200, 8, 64)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_latent_attention_of_a_token(batch, heads, length, dtype):
+    q, latent = normal(0, batch, heads, 576, dtype=dtype), normal(1, batch, length, 576, dtype=dtype)
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+    got = jax.jit(lambda *args: mla_hopper.decode(*args, rank=512, scale=0.05))(q, latent, lengths)
+    latent = jnp.where((jnp.arange(length) < lengths[:, None])[..., None], latent, 0)
+    positions = attention._key_positions(batch, length)
+    one_head = latent[:, :, None].astype(jnp.float32)
+    expected = attention.attend(
+        q[:, None].astype(jnp.float32), one_head, one_head[..., :512], lengths[:, None] - 1, positions, 0.05
+    )
+    assert relative_error(got, expected[:, 0]) < 5e-3
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dims", "length", "keys"),
+    [
+        (16, 16, (128, 128), 1, 640),
+        (32, 4, (128, 128), 1, 640),
+        (32, 4, (128, 128), 64, 640),
+        (16, 16, (192, 128), 256, None),
+        (12, 4, (64, 64), 333, None),
+    ],
+)
+def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys, window):
+    cached, keys = keys is not None, keys or length
+    q, k, v = (
+        normal(0, 5, length, heads, dims[0]),
+        normal(1, 5, keys, kv_heads, dims[0]),
+        normal(2, 5, keys, kv_heads, dims[1]),
+    )
+    start = jnp.asarray([0, 1, 130, 400, keys - length] if cached else [0] * 5)
+    positions = start[:, None] + jnp.arange(length)
+
+    @jax.jit
+    def both(q, k, v):
+        key_positions = attention._key_positions(5, keys) if cached else positions
+        got = attention.causal_attention(q, k, v, positions, 0.1, cached=cached, sliding_window=window)
+        f32 = (a.astype(jnp.float32) for a in (q, k, v))
+        return got, attention.attend(*f32, positions, key_positions, 0.1, window)
+
+    got, expected = both(q, k, v)
+    assert "cudnn" in both.lower(q, k, v).as_text()
+    assert relative_error(got, expected) < 6e-3
