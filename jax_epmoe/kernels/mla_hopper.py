@@ -26,11 +26,11 @@ _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type
 
 
 def serves(q: jax.Array, latent: jax.Array, rank: int) -> bool:
-    """Whether `decode` can compute it: bfloat16 or float16, heads a multiple of 8, sizes multiples of 64 that fit the SM."""
+    """Whether `decode` can compute it: bfloat16 or float16, heads and L multiples of 8, sizes multiples of 64 that fit the SM."""
     return (
         q.dtype == latent.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[1] % 8 == 0
+        and q.shape[1] % 8 == latent.shape[1] % 8 == 0
         and latent.shape[-1] % 64 == 0
         and rank % 64 == 0
         and rank <= 512

@@ -19,7 +19,7 @@ from jax_epmoe.kernels.device import num_sms
 
 _SLABS = (1024, 512, 256)  # columns of a turn: the widest that divides a row
 _GATHERED = 4  # rows of a gathering turn
-_CTAS = 4  # a streaming multiprocessor
+_CTAS = 8  # a streaming multiprocessor
 
 
 def serves(rows: jax.Array) -> bool:

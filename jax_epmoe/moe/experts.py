@@ -72,7 +72,7 @@ def run_experts(
     """
 
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
-    gate_up, down = _products(tokens, w_gate_up, w_down, activation, multiply)
+    gate_up, down = _products(tokens, w_gate_up, w_down, activation, multiply, deal=_mostly_here(plan, expected_rows))
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
         with jax.named_scope("gate_up"):
@@ -97,13 +97,18 @@ def _products(
     w_down: jax.Array | QuantizedWeights,
     activation: str,
     multiply: Callable[..., Any],
+    *,
+    deal: bool,
 ) -> tuple[Callable[[_Chunk], Any], Callable[[_Chunk, Any], jax.Array]]:
-    """`chunk -> hidden`, which is quantised if the weights are, and `(chunk, hidden) -> y`."""
+    """`chunk -> hidden`, which is quantised if the weights are, and `(chunk, hidden) -> y`.
+
+    `deal`: tokens are dealt to their rows, if a kernel does that, rather than gathered by them.
+    """
     if not (isinstance(w_gate_up, QuantizedWeights) and isinstance(w_down, QuantizedWeights)):
 
         def plain_gate_up(chunk: _Chunk) -> jax.Array:
             product = functools.partial(multiply, w=w_gate_up, group_sizes=chunk.group_sizes, activation=activation)
-            rows = dispatch(tokens, chunk.pair_row, len(chunk.row_token))
+            rows = dispatch(tokens, chunk.pair_row, len(chunk.row_token)) if deal else None
             return product(tokens, row_index=chunk.row_token) if rows is None else product(rows)
 
         return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes)
@@ -171,6 +176,11 @@ run_experts.defvjp(_forward, _backward)
 def _is_one_chunk(plan: Plan, chunk_rows: int) -> bool:
     """Whether one chunk holds any load; there is then no loop."""
     return plan.row_pair.shape[0] <= chunk_rows
+
+
+def _mostly_here(plan: Plan, expected_rows: int | None) -> bool:
+    """Whether most pairs are this device's, so that going over all of them costs less than reading a token once a row."""
+    return expected_rows is None or 2 * expected_rows > plan.row_pair.shape[0]
 
 
 def _whole(plan: Plan) -> _Chunk:

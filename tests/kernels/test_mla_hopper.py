@@ -58,11 +58,12 @@ def test_large_scores_do_not_overflow(interpreted):
     np.testing.assert_array_equal(out, np.full((1, 8, 64), 100))
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_real_sizes_lower_for_cuda(heads):
-    q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, heads, 576), (64, 1024, 576)))
+@pytest.mark.parametrize(("batch", "heads", "length"), [(64, 16, 1024), (64, 128, 1024), (7, 8, 776), (1, 16, 8)])
+def test_real_sizes_lower_for_cuda(batch, heads, length):
+    q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((batch, heads, 576), (batch, length, 576)))
+    assert mla_hopper.serves(q, latent, 512)
     run = jax.jit(lambda q, latent, lengths: mla_hopper.decode(q, latent, lengths, rank=512, scale=0.1))
-    lowered = run.trace(q, latent, jax.ShapeDtypeStruct((64,), jnp.int32)).lower(lowering_platforms=("cuda",))
+    lowered = run.trace(q, latent, jax.ShapeDtypeStruct((batch,), jnp.int32)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
@@ -75,13 +76,14 @@ def test_positions_are_dealt_over_as_many_ctas_as_there_are(parts, length, best)
 
 
 def test_what_is_served():
-    def of(heads=16, size=576, rank=512, dtype=jnp.bfloat16):
-        q, latent = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, heads, size), (4, 100, size)))
+    def of(heads=16, size=576, rank=512, dtype=jnp.bfloat16, length=96):
+        q, latent = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, heads, size), (4, length, size)))
         return mla_hopper.serves(q, latent, rank)
 
     assert of()
     assert of(heads=128)
     assert not of(heads=4)
+    assert not of(length=100)
     assert not of(size=560)
     assert not of(rank=500)
     assert not of(dtype=jnp.float32)

@@ -36,7 +36,7 @@ def quantized_gemm(
         require(scale is not None, f"{name}_scale", scale, "given: quantised operands come in pairs")
         assert scale is not None
         require(operand.dtype == FP8, f"{name}.dtype", str(operand.dtype), f"{FP8}, as it has a scale")
-        kinds = reference.ACTIVATIONS if name == "x" else reference.WEIGHTS
+        kinds = reference.X_KINDS if name == "x" else reference.W_KINDS
         shapes = [scale_shape(operand.shape, kind) for kind in kinds]
         require(scale.shape in shapes, f"{name}_scale.shape", scale.shape, f"one of {', '.join(map(str, shapes))}")
         require(scale.dtype == jnp.float32, f"{name}_scale.dtype", str(scale.dtype), "float32")

@@ -14,8 +14,8 @@ from jax_epmoe.kernels.activations import gate
 from jax_epmoe.quant import Granularity, QuantizedArray, dequantize, quantize
 
 # What scales are of, by their number of dimensions: of x's, and how many fewer than w's.
-ACTIVATIONS: tuple[Granularity, ...] = ("tensor", "token", "group")
-WEIGHTS: tuple[Granularity, ...] = ("block", "channel", "tensor")
+X_KINDS: tuple[Granularity, ...] = ("tensor", "token", "group")
+W_KINDS: tuple[Granularity, ...] = ("block", "channel", "tensor")
 
 
 def matmul(
@@ -46,8 +46,8 @@ def matmul(
         block = x.at[source].get(mode="fill", fill_value=0)  # [block_rows, k]
         weights = w[expert]
         if x_scale is not None and w_scale is not None:
-            block = dequantize(QuantizedArray(block, _scales_of_rows(x_scale, source), ACTIVATIONS[x_scale.ndim]))
-            weights = dequantize(QuantizedArray(weights, w_scale[expert], WEIGHTS[w.ndim - w_scale.ndim]))
+            block = dequantize(QuantizedArray(block, _scales_of_rows(x_scale, source), X_KINDS[x_scale.ndim]))
+            weights = dequantize(QuantizedArray(weights, w_scale[expert], W_KINDS[w.ndim - w_scale.ndim]))
         product = _dot(block, weights, contract=(1, weights.ndim - 1 if not transpose_w else 0))  # [block_rows, (2,) n]
         if bias is not None:
             product += bias[expert].astype(jnp.float32)
