@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jax_epmoe.kernels.device import on_hopper
+
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "jax_epmoe")
 
@@ -33,9 +35,8 @@ def result_path(name: str) -> Path:
 
 def require_hopper(program: str) -> None:
     """Ends the program with status 2 and one line unless JAX's first device is a Hopper GPU."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
-        print(f"{program} needs an NVIDIA Hopper GPU; this is {device.device_kind}", file=sys.stderr)
+    if not on_hopper():
+        print(f"{program} needs an NVIDIA Hopper GPU; this is {jax.devices()[0].device_kind}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import roofline
-from bench.environment import environment, require_hopper
-from bench.peers import ROOT, Candidate, TorchProcess, jax_peers
+from bench.environment import environment, require_hopper, result_path
+from bench.peers import Candidate, TorchProcess, jax_peers
 from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, PEERS, TRITON, Shape, failure
 from bench.timing import ceilings, normal, times
 from jax_epmoe import grouped_gemm
@@ -51,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the table's shapes, Dirichlet load, fewer peers' tiles")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start nothing after (560; quick: 150)")
     parser.add_argument("--jobs", type=int, default=6, help="functions to compile at a time")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "grouped_gemm.json")
+    parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
     shapes = roofline.SHAPES if args.shapes or not args.quick else roofline.TABLE_SHAPES
     args.shapes = [s for s in shapes if any(fnmatch.fnmatch(s.name, p) for p in args.shapes or ["*"])]
@@ -61,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     default = [name for name in IMPLEMENTATIONS if not (args.quick and name == "ragged_dot")]
     args.wanted = [name for key in args.implementations or default for name in IMPLEMENTATIONS[key]]
     args.time_limit = args.time_limit or (150 if args.quick else 560)
+    args.output = args.output or result_path("grouped_gemm")
     return args
 
 
