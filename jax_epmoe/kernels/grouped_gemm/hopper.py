@@ -9,8 +9,6 @@ the row tiles of one expert that share weights come one after another, so that t
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_epmoe.kernels import rows_hopper
 from jax_epmoe.kernels.activations import ACTIVATIONS
 from jax_epmoe.kernels.device import num_sms, on_hopper
-from jax_epmoe.kernels.grouped_gemm import schedule
+from jax_epmoe.kernels.grouped_gemm import schedule, tiles
 from jax_epmoe.kernels.grouped_gemm.layout import (
     K_ALIGNMENT,
     OUTPUT_TRANSFORMS,
@@ -130,43 +128,15 @@ def _run(
 
     def kernel(x_gmem, w_gmem, plan_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty):
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        total = plan_gmem[schedule.TOTAL, 0] * column_tiles
-        steps = lax.div(total - cta + (num_ctas - 1), i32(num_ctas))
-
-        def tile_of(step):
-            """The step-th tile of this CTA: expert, column tile, first row, valid rows [low, high), which height's code."""
-            index = lax.max(lax.min(step * num_ctas + cta, total - 1), i32(0))  # 0 too where there is no tile at all
-            row = lax.div(index, i32(column_tiles))
-            expert, first, count, start, end, height = (plan_gmem[name, row] for name in range(schedule.TOTAL))
-            within = index - first * column_tiles
-            column_tile = lax.div(within, count)
-            first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + (within - column_tile * count) * height
-            low, high = lax.max(start - first_row, i32(0)), lax.min(end - first_row, height)
-            code = sum(((high > h).astype(i32) for h in tiling.heights[:-1]), start=i32(0))
-            return expert, column_tile, first_row, low, high, code
-
-        def over_tiles(body: Callable[[Any, Any], None]) -> None:
-            """Runs `body(step, tile)` for all tiles; the next tile's entry is read one tile ahead."""
-
-            def step_body(step, tile):
-                following = tile_of(step + 1)
-                body(step, tile)
-                return following
-
-            lax.fori_loop(0, steps, step_body, tile_of(i32(0)))
-
-        def for_height(code, body: Callable[[int], None]) -> None:
-            for i, height in enumerate(tiling.heights):
-                pl.when(code == i)(functools.partial(body, height))
+        walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=column_tiles, heights=tiling.heights)
 
         @pl.when(warpgroup == consumers)
         def _produce():
             plgpu.set_max_registers(producer_registers, action="decrease")
 
             def load_tile(step, tile):
-                expert, column_tile, first_row, _, _, code = tile
-                first_row = pl.multiple_of(first_row, ROW_ALIGNMENT)
-                columns = pl.ds(column_tile * tiling.columns, tiling.columns)
+                first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
+                columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
 
                 def load(height):
                     @pl.loop(0, k_steps)
@@ -185,13 +155,13 @@ def _run(
                         for part in range(parts):
                             box = (ks, columns) if transpose_w else (columns, ks)
                             plgpu.copy_gmem_to_smem(
-                                w_gmem.at[expert, part, *box], w_smem.at[stage, part], full.at[stage]
+                                w_gmem.at[tile.expert, part, *box], w_smem.at[stage, part], full.at[stage]
                             )
 
-                for_height(code, load)
+                walk.for_height(tile.code, load)
 
-            over_tiles(load_tile)
-            loads = steps * k_steps
+            walk.over_tiles(load_tile)
+            loads = walk.steps * k_steps
 
             @pl.loop(lax.max(loads - stages, i32(0)), loads)
             def _(count):  # every stage must be released before the kernel ends
@@ -204,9 +174,6 @@ def _run(
             own = pl.ds(warpgroup * own_columns, own_columns)
 
             def multiply_tile(step, tile):
-                _, column_tile, first_row, low, high, code = tile
-                first_row = pl.multiple_of(first_row, ROW_ALIGNMENT)
-
                 def main_loop(*accumulators):
                     def multiply(height):
                         @pl.loop(0, k_steps)
@@ -228,7 +195,7 @@ def _run(
                             else:
                                 plgpu.barrier_arrive(empty.at[stage])
 
-                    for_height(code, multiply)
+                    walk.for_height(tile.code, multiply)
                     if tiling.lag:
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[lax.rem(step * k_steps + (k_steps - 1), i32(stages))])
@@ -238,45 +205,17 @@ def _run(
                 results = pl.run_scoped(main_loop, *[accumulator] * parts)
                 result = ACTIVATIONS[activation](results[0]) * results[1] if activation else results[0]
                 result = result.astype(x.dtype)  # [own_columns, max_height]; columns past the tile's height are zeros
-                first_column = column_tile * tiling.columns + warpgroup * own_columns
+                first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
                 for block in range(blocks):
                     slot = block % slots
                     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                     # The accumulator's layout goes through the transposed view as it is: matrix stores.
                     out_smem.at[warpgroup, slot].T[...] = result[block * 64 : (block + 1) * 64, :]
                     plgpu.commit_smem()
-                    store(slot, first_row, low, lax.max(high - low, i32(0)), first_column + block * 64)
+                    tiles.store_rows(out_smem.at[warpgroup, slot], out_gmem, tile, first_column + block * 64)
                     plgpu.commit_smem_to_gmem_group()
 
-            def store(slot, first_row, low, size, column):
-                """Rows [low, low + size) of a slot; others of the tile belong to the neighbouring groups."""
-
-                @pl.when(size == max_height)
-                def _():
-                    plgpu.copy_smem_to_gmem(
-                        out_smem.at[warpgroup, slot],
-                        out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, 64)],
-                        commit_group=False,
-                    )
-
-                @pl.when(size != max_height)
-                def _():
-                    offset = low
-                    piece = 1 << (max_height.bit_length() - 1)
-                    while piece:  # the size's binary digits: a copy's height must be static
-
-                        @pl.when((size & piece) != 0)
-                        def _(piece=piece, offset=offset):
-                            plgpu.copy_smem_to_gmem(
-                                out_smem.at[warpgroup, slot, pl.ds(offset, piece)],
-                                out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
-                                commit_group=False,
-                            )
-
-                        offset = offset + (size & piece)
-                        piece //= 2
-
-            over_tiles(multiply_tile)
+            walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     w_tile = (tiling.block_k, tiling.columns) if transpose_w else (tiling.columns, tiling.block_k)

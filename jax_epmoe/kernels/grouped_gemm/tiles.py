@@ -1,0 +1,91 @@
+"""What a Hopper kernel does with `schedule.py`'s list: a CTA's walk over its tiles, code for each height, rows on their way out."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.grouped_gemm import schedule
+from jax_epmoe.kernels.grouped_gemm.layout import ROW_ALIGNMENT
+
+i32 = jax.numpy.int32
+
+
+class Tile(NamedTuple):
+    """Scalars of a tile: its expert, column tile and first row (a multiple of 8); rows [low, high) of it are the expert's."""
+
+    expert: jax.Array
+    column_tile: jax.Array
+    first_row: jax.Array
+    low: jax.Array
+    high: jax.Array
+    code: jax.Array  # which of the heights it runs with
+
+
+class Walk:
+    """The tiles of one CTA of `num_ctas`, in the order of the schedule, row tiles of an expert that share weights side by side."""
+
+    def __init__(self, plan_gmem: Any, cta: jax.Array, *, num_ctas: int, column_tiles: int, heights: Sequence[int]):
+        self._plan, self._cta, self._num_ctas = plan_gmem, cta, num_ctas
+        self._column_tiles, self._heights = column_tiles, heights
+        self._total = plan_gmem[schedule.TOTAL, 0] * column_tiles
+        self.steps = lax.div(self._total - cta + (num_ctas - 1), i32(num_ctas))  # how many tiles
+
+    def over_tiles(self, body: Callable[[jax.Array, Tile], None]) -> None:
+        """Runs `body(step, tile)` for all tiles; the next tile's entry is read one tile ahead."""
+
+        def step_body(step, tile):
+            following = self._tile(step + 1)
+            body(step, tile)
+            return following
+
+        lax.fori_loop(0, self.steps, step_body, self._tile(i32(0)))
+
+    def for_height(self, code: jax.Array, body: Callable[[int], None]) -> None:
+        for i, height in enumerate(self._heights):
+            pl.when(code == i)(functools.partial(body, height))
+
+    def _tile(self, step: jax.Array) -> Tile:
+        # 0 too where there is no tile at all
+        index = lax.max(lax.min(step * self._num_ctas + self._cta, self._total - 1), i32(0))
+        row = lax.div(index, i32(self._column_tiles))
+        expert, first, count, start, end, height = (self._plan[name, row] for name in range(schedule.TOTAL))
+        within = index - first * self._column_tiles
+        column_tile = lax.div(within, count)
+        first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + (within - column_tile * count) * height
+        low, high = lax.max(start - first_row, i32(0)), lax.min(end - first_row, height)
+        code = sum(((high > h).astype(i32) for h in self._heights[:-1]), start=i32(0))
+        return Tile(expert, column_tile, first_row, low, high, code)
+
+
+def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) -> None:
+    """Copies the expert's rows of a tile's block `[max height, 64]` to `out`; others belong to the neighbouring groups."""
+    max_height = block_smem.shape[0]
+    first_row, size = pl.multiple_of(tile.first_row, ROW_ALIGNMENT), lax.max(tile.high - tile.low, i32(0))
+
+    @pl.when(size == max_height)
+    def _():
+        plgpu.copy_smem_to_gmem(
+            block_smem, out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, 64)], commit_group=False
+        )
+
+    @pl.when(size != max_height)
+    def _():
+        offset = tile.low
+        piece = 1 << (max_height.bit_length() - 1)
+        while piece:  # the size's binary digits: a copy's height must be static
+
+            @pl.when((size & piece) != 0)
+            def _(piece=piece, offset=offset):
+                plgpu.copy_smem_to_gmem(
+                    block_smem.at[pl.ds(offset, piece)],
+                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
+                    commit_group=False,
+                )
+
+            offset = offset + (size & piece)
+            piece //= 2
