@@ -72,8 +72,15 @@ def quantized_matmul(
     if quantize_out is None:
         return matmul(x, w, group_sizes, out_dtype=out_dtype, **kwargs)
     out = matmul(x, w, group_sizes, out_dtype=jnp.float32, **kwargs)
+    return quantize_rows(out, group_sizes, quantize_out, out_scale)
+
+
+def quantize_rows(
+    out: jax.Array, group_sizes: jax.Array, granularity: Granularity, out_scale: jax.Array | None
+) -> QuantizedArray:
+    """`out [rows, n]` float32 quantised; by `out_scale [experts]`, each expert's rows by its own, or else by its values."""
     if out_scale is None:
-        return quantize(out, quantize_out)
+        return quantize(out, granularity)
     return quantize(out, "token", jnp.repeat(out_scale, group_sizes, total_repeat_length=out.shape[0]))
 
 

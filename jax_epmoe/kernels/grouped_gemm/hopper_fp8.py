@@ -1,0 +1,320 @@
+"""The grouped product of float8 operands on Hopper: hopper.py's structure, with a float32 sum beside the tensor cores' own.
+
+Tensor cores add float8 products with few bits: over a long k that truncates, always downwards. So every 128 of k go to a fresh
+accumulator, and warpgroups add that to a float32 sum ("promotion"), in every format. Block formats scale it on the way, by one
+number a block of weights and one a row of x, which comes by TMA beside x; others scale the sum at the end.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels import rows_hopper
+from jax_epmoe.kernels.activations import ACTIVATIONS
+from jax_epmoe.kernels.device import num_sms, on_hopper
+from jax_epmoe.kernels.grouped_gemm import schedule, tiles
+from jax_epmoe.kernels.grouped_gemm.layout import OUTPUT_TRANSFORMS, ROW_ALIGNMENT
+from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
+from jax_epmoe.kernels.grouped_gemm.tuning import SHARED_MEMORY_LIMIT, Tiling
+from jax_epmoe.quant import BLOCK, FP8, Granularity, QuantizedArray
+
+_K_ALIGNMENT = 16  # bytes of a row, for TMA
+_CONSUMERS = 2
+_OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))  # type: ignore[abstract]
+_OUTPUTS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    row_index: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    quantize_out: Granularity | None = None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike,
+    expected_rows: int | None = None,
+    tiling: Tiling | None = None,
+) -> jax.Array | QuantizedArray:
+    """What `reference.quantized_matmul` computes; rows past the groups are left as they are. Scales as `grouped_gemm` has them.
+
+    Raises:
+      NotImplementedError: another device than Hopper, a bias, a k that 16 or an n that 8 does not divide, 128 values of x a scale
+        with other weights than blocks (or one for all of an expert's).
+    """
+    experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
+    parts = 2 if activation else 1
+    out_dtype = jnp.dtype(jnp.float32 if quantize_out else out_dtype)
+    x_groups, w_blocks = x_scale.ndim == 2, w.ndim - w_scale.ndim == 0
+    by_channel = w.ndim - w_scale.ndim == 1
+    for refused, reason in (
+        (not on_hopper(), "the device is not a Hopper GPU"),
+        (x.dtype != FP8 or w.dtype != FP8, f"dtypes {x.dtype}, {w.dtype} are not {FP8}"),
+        (out_dtype not in _OUTPUTS, f"out_dtype {out_dtype}"),
+        (bias is not None, "there is a bias"),
+        (x.size == 0 or w.size == 0, "an operand is empty"),
+        (k % _K_ALIGNMENT, f"{_K_ALIGNMENT} does not divide k"),
+        (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
+        (x_groups and by_channel, "x has a scale for 128 values, and w one for a channel"),
+    ):
+        if refused:
+            raise NotImplementedError(f"grouped_gemm's hopper backend, float8: {reason}")
+    rows = x.shape[0] if row_index is None else row_index.shape[0]
+    padding = -rows % ROW_ALIGNMENT
+    expected_rows = rows if expected_rows is None else expected_rows
+    tiling = tiling or choose_tiling(rows=expected_rows, experts=experts, n=n, gated=parts == 2, out_dtype=out_dtype)
+    plan = schedule.make_schedule(
+        group_sizes,
+        rows=rows + padding,
+        heights=tiling.heights,
+        largest_heights=tiling.largest_heights or tiling.heights[-1:],
+        column_tiles=pl.cdiv(n, tiling.columns),
+        num_ctas=num_sms(),
+    )
+    if x_scale.ndim == 0:
+        x_scale = jnp.broadcast_to(x_scale, x.shape[:1])
+    if row_index is not None:
+        row_index = jnp.pad(row_index, (0, padding))
+        x, x_scale = _gather(x, row_index, plan[schedule.NUM_ROWS, 0]), x_scale[..., row_index]
+    elif padding:
+        x = jnp.pad(x, ((0, padding), (0, 0)))
+        x_scale = jnp.pad(x_scale, ((0, 0),) * (x_scale.ndim - 1) + ((0, padding),))
+    blocks = pl.cdiv(k, BLOCK)
+    if x_groups or w_blocks:
+        x_scale = jnp.broadcast_to(x_scale, (blocks, x.shape[0]))
+        shape = (experts, parts, pl.cdiv(n, BLOCK), blocks)
+        w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, *(shape[2:] if w_blocks else (1, 1))), shape)
+    else:
+        # The last tiles read past their ends.
+        x_scale = jnp.pad(x_scale, (0, tiling.heights[-1]))
+        w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, n if by_channel else 1), (experts, parts, n))
+        w_scale = jnp.pad(w_scale, ((0, 0), (0, 0), (0, -n % tiling.columns)))
+    out = _run(
+        x,
+        w.reshape(experts, parts, n, k),
+        x_scale,
+        w_scale,
+        plan,
+        activation=activation,
+        tiling=tiling,
+        num_ctas=num_sms(),
+        out_dtype=out_dtype,
+    )
+    out = out[:rows] if padding else out
+    return quantize_rows(out, group_sizes, quantize_out, out_scale) if quantize_out else out
+
+
+def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype) -> Tiling:
+    """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is always 128."""
+    rows_per_expert = rows / experts
+    if rows_per_expert <= 16:
+        tiling = Tiling(columns=128, heights=(16, 32), block_k=BLOCK)
+    elif rows_per_expert <= 48:
+        tiling = Tiling(columns=128, heights=(16, 32, 64), block_k=BLOCK)
+    else:
+        narrow = gated or -(-n // 256) * 256 > 1.15 * n
+        # Two blocks of 64 columns a warpgroup, 128 high, are more sums than its registers hold.
+        heights = (64, 88, 112, 128) if narrow else (48, 80, 96, 112)
+        tiling = Tiling(columns=128 if narrow else 256, heights=heights, block_k=BLOCK)
+    stages = next(stages for stages in range(8, 1, -1) if _shared_memory(tiling, stages, gated, out_dtype))
+    return Tiling(columns=tiling.columns, heights=tiling.heights, block_k=BLOCK, stages=stages)
+
+
+def _shared_memory(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
+    """Whether so many stages fit, with all of a tile's output and some barriers."""
+    height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
+    stage = (height + weights) * BLOCK + 4 * max(height, 32)
+    return stages * stage + height * tiling.columns * out_dtype.itemsize + 2048 <= SHARED_MEMORY_LIMIT
+
+
+def _gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array:
+    """Two float8 numbers are moved as one of 16 bits."""
+    pairs = lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.bfloat16)
+    if not rows_hopper.serves(pairs):
+        return x[row_index]
+    return lax.bitcast_convert_type(rows_hopper.gather(pairs, row_index, num_rows), FP8).reshape(-1, x.shape[1])
+
+
+# Under jit of its own, so that a model's layers share one trace and one compilation.
+@functools.partial(jax.jit, static_argnames=("activation", "tiling", "num_ctas", "out_dtype"))
+def _run(
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    plan: jax.Array,
+    *,
+    activation: str | None,
+    tiling: Tiling,
+    num_ctas: int,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """`w [experts, parts, n, k]`; `x_scale [blocks of k, rows]`, `w_scale [experts, parts, blocks of n, blocks of k]`, or for
+    scales at the end `[rows and more]`, `[experts, parts, n and more]`."""
+    rows, k = x.shape
+    parts, n = w.shape[1:3]
+    k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, tiling.columns)
+    own_columns = tiling.columns // _CONSUMERS
+    blocks, stages, max_height = own_columns // 64, tiling.stages, tiling.heights[-1]
+    scaled_at_the_end = w_scale.ndim == 3
+    i32, f32 = jnp.int32, jnp.float32
+
+    def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty):
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=column_tiles, heights=tiling.heights)
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load_tile(step, tile):
+                first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
+                columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
+
+                def load(height):
+                    @pl.loop(0, k_steps)
+                    def _(k_step):
+                        count = step * k_steps + k_step
+                        stage = lax.rem(count, i32(stages))
+
+                        @pl.when(count >= stages)
+                        def _():
+                            plgpu.barrier_wait(empty.at[stage])
+
+                        ks, own_rows = pl.ds(k_step * BLOCK, BLOCK), pl.ds(first_row, height)
+                        top = pl.ds(0, height)
+                        plgpu.copy_gmem_to_smem(x_gmem.at[own_rows, ks], x_smem.at[stage, top], full.at[stage])
+                        for part in range(parts):
+                            plgpu.copy_gmem_to_smem(
+                                w_gmem.at[tile.expert, part, columns, ks], w_smem.at[stage, part], full.at[stage]
+                            )
+                        if not scaled_at_the_end:
+                            plgpu.copy_gmem_to_smem(
+                                xs_gmem.at[k_step, own_rows], xs_smem.at[stage, top], full.at[stage]
+                            )
+
+                walk.for_height(tile.code, load)
+
+            walk.over_tiles(load_tile)
+            loads = walk.steps * k_steps
+
+            @pl.loop(lax.max(loads - stages, i32(0)), loads)
+            def _(count):  # every stage must be released before the kernel ends
+                plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            whole = [(part, block) for block in range(blocks) for part in range(parts)]
+
+            def multiply_tile(step, tile):
+                first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
+                first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
+
+                def weight_scales(k_step):
+                    """Of one step, a scalar for each of `whole`."""
+                    if scaled_at_the_end:
+                        return ()
+                    last = ws_gmem.shape[2] - 1  # columns past n lie in no block
+                    at = [lax.min(lax.div(first_column + block * 64, i32(BLOCK)), last) for block in range(blocks)]
+                    k_block = lax.min(k_step, k_steps - 1)
+                    return tuple(ws_gmem[tile.expert, part, at[block], k_block] for part, block in whole)
+
+                def along_rows(values, height):
+                    return lax.broadcast_in_dim(values, (64, height), (1,))
+
+                def multiply(height):
+                    def k_body(k_step, carry):
+                        sums, of_weights = carry
+                        count = step * k_steps + k_step
+                        stage = lax.rem(count, i32(stages))
+                        plgpu.barrier_wait(full.at[stage])
+                        following = weight_scales(k_step + 1)
+                        of_rows = None
+                        if not scaled_at_the_end:
+                            own = xs_smem.at[stage, pl.ds(0, height)]
+                            of_rows = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                        new = []
+                        for i, (part, block) in enumerate(whole):
+                            weights = w_smem.at[stage, part, pl.ds(warpgroup * own_columns + block * 64, 64)]
+
+                            def one(accumulator, weights=weights):
+                                plgpu.wgmma(accumulator, weights, x_smem.at[stage, pl.ds(0, height)].T)
+                                return accumulator[...]
+
+                            product = pl.run_scoped(one, plgpu.ACC((64, height), f32))
+                            if i == len(whole) - 1:
+                                plgpu.barrier_arrive(empty.at[stage])
+                            if of_rows is not None:
+                                product = product * along_rows(of_rows * of_weights[i], height)
+                            new.append(sums[i] + product)
+                        return tuple(new), following
+
+                    zeros = plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
+                    start = (zeros,) * len(whole), weight_scales(i32(0))
+                    sums, _ = lax.fori_loop(0, k_steps, k_body, start)
+                    if scaled_at_the_end:
+                        of_rows = along_rows(
+                            plgpu.load(
+                                xs_gmem.at[pl.ds(first_row, height)],
+                                layout=plgpu.Layout.WGMMA.reduce(0),
+                                optimized=False,
+                            ),
+                            height,
+                        )
+                    results = dict(zip(whole, sums, strict=True))
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for block in range(blocks):
+                        of_parts = []
+                        for part in range(parts):
+                            result = results[part, block]
+                            if scaled_at_the_end:
+                                columns = pl.ds(first_column + block * 64, 64)
+                                of_columns = plgpu.load(
+                                    ws_gmem.at[tile.expert, part, columns],
+                                    layout=plgpu.Layout.WGMMA.reduce(1),
+                                    optimized=False,
+                                )
+                                result = result * of_rows * lax.broadcast_in_dim(of_columns, (64, height), (0,))
+                            of_parts.append(result)
+                        result = ACTIVATIONS[activation](of_parts[0]) * of_parts[1] if activation else of_parts[0]
+                        result = result.astype(out_dtype)
+                        if out_dtype.itemsize == 4:  # 16 bits go through the transposed view as they are: matrix stores
+                            result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                        out_smem.at[warpgroup, block, pl.ds(0, height)].T[...] = result
+
+                walk.for_height(tile.code, multiply)
+                plgpu.commit_smem()
+                for block in range(blocks):
+                    tiles.store_rows(out_smem.at[warpgroup, block], out_gmem, tile, first_column + block * 64)
+                plgpu.commit_smem_to_gmem_group()
+
+            walk.over_tiles(multiply_tile)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    out_transforms = OUTPUT_TRANSFORMS if out_dtype.itemsize == 2 else ()
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
+        scratch_types=[
+            plgpu.SMEM((stages, max_height, BLOCK), FP8, transforms=_OPERAND),
+            plgpu.SMEM((stages, parts, tiling.columns, BLOCK), FP8, transforms=_OPERAND),
+            plgpu.SMEM((stages, max(max_height, 32)), f32),
+            plgpu.SMEM((_CONSUMERS, blocks, max_height, 64), out_dtype, transforms=out_transforms),
+            plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+        ],
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(x, w, x_scale, w_scale, plan)

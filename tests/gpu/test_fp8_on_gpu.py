@@ -1,0 +1,66 @@
+"""The float8 grouped GEMM on a Hopper GPU, against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_epmoe.kernels import device
+from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference
+from jax_epmoe.quant import dequantize, quantize
+
+pytestmark = pytest.mark.skipif(not device.on_hopper(), reason="needs a Hopper GPU")
+
+KINDS = {"block": ("group", "block"), "channel": ("token", "channel"), "tensor": ("tensor", "tensor")}
+
+
+def make_case(kinds, rows, experts, k, n, gated, load):
+    random = np.random.default_rng(0)
+    sizes = {
+        "uneven": random.multinomial(rows, random.dirichlet(np.full(experts, 0.5))),
+        "one": rows * np.eye(experts, dtype=np.int32)[experts // 2],
+        "half": random.multinomial(rows // 2, np.full(experts, 1 / experts)),  # the other rows belong to nobody
+    }[load]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (rows, k)) * jnp.exp(jax.random.normal(keys[1], (rows, 1)))
+    w = jax.random.normal(keys[2], (experts, 2, n, k) if gated else (experts, n, k)) * k**-0.5
+    x, w = (jax.jit(quantize, static_argnums=1)(a, kind) for a, kind in zip((x, w), kinds, strict=True))
+    return x, w, jnp.asarray(sizes, jnp.int32)
+
+
+@pytest.mark.parametrize("load", ["uneven", "one", "half"])
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(
+    ("rows", "experts", "k", "n", "gated"),
+    [(2048, 16, 1024, 768, True), (2048, 16, 1536, 1280, False), (64, 16, 1024, 512, True), (96, 32, 400, 136, False)],
+)
+def test_it_is_the_definition_in_every_format(kinds, rows, experts, k, n, gated, load):
+    x, w, sizes = make_case(kinds, rows, experts, k, n, gated, load)
+    scales = {"x_scale": x.scales, "w_scale": w.scales, "activation": "silu" if gated else None}
+    jnp.full((rows, n), jnp.nan, jnp.bfloat16).block_until_ready().delete()  # memory that the output may get
+    valid = int(sizes.sum())
+    for out_dtype, tolerance in ((jnp.bfloat16, 5e-3), (jnp.float32, 1e-3)):  # tensor cores add with fewer than 24 bits
+        run = jax.jit(lambda x, w, s, d=out_dtype: hopper_fp8.quantized_matmul(x, w, s, out_dtype=d, **scales))
+        out, again = (run(x.values, w.values, sizes)[:valid] for _ in range(2))
+        expected = reference.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.float32, **scales)[:valid]
+        assert jnp.linalg.norm(out.astype(jnp.float32) - expected) < tolerance * jnp.linalg.norm(expected)
+        assert bool(jnp.all(out == again)), "the same input gave other bits"
+
+
+def test_a_long_sum_is_not_truncated():
+    """All products positive: what tensor cores lose, they lose downwards."""
+    x, w, sizes = make_case(KINDS["tensor"], 256, 2, 4096, 256, False, "uneven")
+    x, w = (quantize(jnp.abs(dequantize(a)), "tensor") for a in (x, w))
+    scales = {"x_scale": x.scales, "w_scale": w.scales, "out_dtype": jnp.float32}
+    out = hopper_fp8.quantized_matmul(x.values, w.values, sizes, **scales)
+    expected = reference.quantized_matmul(x.values, w.values, sizes, **scales)
+    assert abs(float(jnp.sum(out) / jnp.sum(expected)) - 1) < 2e-3
+
+
+def test_the_second_products_input_is_quantised_from_float32():
+    x, w, sizes = make_case(KINDS["block"], 1024, 8, 1024, 768, True, "uneven")
+    options = {"x_scale": x.scales, "w_scale": w.scales, "activation": "silu", "quantize_out": "group"}
+    got = hopper_fp8.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.bfloat16, **options)
+    expected = reference.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.bfloat16, **options)
+    np.testing.assert_allclose(got.scales, expected.scales, rtol=5e-3)
+    assert np.mean(np.asarray(got.values) != np.asarray(expected.values)) < 2e-2

@@ -1,0 +1,141 @@
+"""The float8 kernel without a GPU: interpreted on the CPU against the definition, and lowered for CUDA.
+
+Races are looked for where all scales come at the end. Where a row's scales come by TMA, an ordinary read of shared memory is
+followed by another TMA write to it; the barrier between orders them on the GPU, but the interpreter asks for a fence as well.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, tuning
+from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
+from jax_epmoe.quant import FP8, dequantize, quantize, scale_shape
+
+KINDS = {"block": ("group", "block"), "channel": ("token", "channel"), "tensor": ("tensor", "tensor")}
+LOW = Tiling(columns=128, heights=(16, 64), block_k=128, stages=2)
+CASES = {
+    "blocks": {},
+    "blocks, a gate in float32": {"gated": True, "out_dtype": jnp.float32},
+    "blocks, all k and n": {"k": 256, "n": 256, "tiling": Tiling(columns=256, heights=(64,), block_k=128, stages=2)},
+    "blocks, a gather": {"gather": 19, "sizes": (11, 0, 20), "rows": 40, "k": 256},
+    "one scale a row of x, blocks of w": {"kinds": ("token", "block")},
+    "one scale an expert, groups of x": {"kinds": ("group", "tensor")},
+    "channels": {"kinds": KINDS["channel"]},
+    "channels, a gate, a gather": {"kinds": KINDS["channel"], "gated": True, "gather": 19, "sizes": (11, 0, 20), "rows": 40},
+    "one scale each": {"kinds": KINDS["tensor"], "sizes": (1, 0, 1, 1), "gated": True},
+    "rows that 8 does not divide": {"kinds": KINDS["tensor"], "rows": 61, "sizes": (30, 7, 24)},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def pretend_hopper(monkeypatch):
+    monkeypatch.setattr(hopper_fp8, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper_fp8, "num_sms", lambda: 3)  # the interpreter runs one after another
+    reset_gpu_interpret_mode_state()
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+def make_inputs(kinds=KINDS["block"], gated=False, sizes=(37, 0, 70, 5), rows=128, k=272, n=136, gather=None, **_):
+    rng = np.random.default_rng(0)
+    shape = (len(sizes), 2, n, k) if gated else (len(sizes), n, k)
+    x = rng.normal(size=(gather or rows, k)) * np.exp(rng.normal(size=(gather or rows, 1)))
+    w = rng.normal(size=shape) * np.exp(rng.normal(size=shape[: len(shape) - 2]))[..., None, None] / np.sqrt(k)
+    x, w = (quantize(jnp.asarray(a, jnp.float32), kind) for a, kind in zip((x, w), kinds, strict=True))
+    index = jnp.asarray(rng.integers(0, gather, rows), jnp.int32) if gather else None
+    return x, w, jnp.array(sizes, jnp.int32), index
+
+
+def run(matmul, x, w, sizes, **options):
+    return matmul(x.values, w.values, sizes, x_scale=x.scales, w_scale=w.scales, **options)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_it_computes_the_definition(case):
+    x, w, sizes, index = make_inputs(**case)
+    options = {"activation": "silu" if case.get("gated") else None, "row_index": index}
+    out_dtype = case.get("out_dtype", jnp.bfloat16)
+    detect_races = "group" not in case.get("kinds", ("group",)) and "block" not in case.get("kinds", ())
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+        out = run(
+            hopper_fp8.quantized_matmul, x, w, sizes, tiling=case.get("tiling", LOW), out_dtype=out_dtype, **options
+        )
+        assert out.dtype == out_dtype
+        out = np.asarray(out, np.float64)
+    expected = np.asarray(run(reference.quantized_matmul, x, w, sizes, out_dtype=jnp.float32, **options), np.float64)
+    valid = int(sizes.sum())
+    error = np.linalg.norm(out[:valid] - expected[:valid]) / np.linalg.norm(expected[:valid])
+    assert error < (2e-6 if out_dtype == jnp.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("granularity", ["group", "token", "tensor"])
+def test_the_output_is_quantised_from_its_float32_values(granularity):
+    x, w, sizes, _ = make_inputs(gated=True, sizes=(60, 8, 60))
+    out_scale = jnp.array([0.01, 0.02, 0.03]) if granularity == "tensor" else None
+    options = {"activation": "silu", "out_dtype": jnp.bfloat16, "quantize_out": granularity, "out_scale": out_scale}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = run(hopper_fp8.quantized_matmul, x, w, sizes, tiling=LOW, **options)
+        got = jax.tree.map(np.asarray, got)
+    expected = run(reference.quantized_matmul, x, w, sizes, **options)
+    assert got.granularity == expected.granularity
+    np.testing.assert_allclose(got.scales, expected.scales, rtol=1e-5)
+    different = np.mean(np.asarray(dequantize(got)) != np.asarray(dequantize(expected)))
+    assert np.mean(np.asarray(got.values) != np.asarray(expected.values)) < 1e-3, different
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "k", "n", "gated", "kinds", "quantize_out"),
+    [
+        (6144, 20, 5120, 1536, True, KINDS["block"], "group"),
+        (6144, 20, 1536, 5120, False, KINDS["block"], None),
+        (192, 20, 5120, 1536, True, KINDS["block"], "group"),
+        (512, 128, 768, 2048, False, KINDS["channel"], None),
+        (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
+    ],
+)
+def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
+    out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
+    tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
+    height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
+    used = tiling.stages * (height + weights) * 128 + height * tiling.columns * out_dtype.itemsize
+    assert tiling.stages >= 2
+    assert used <= tuning.SHARED_MEMORY_LIMIT
+    w_shape = (experts, 2, n, k) if gated else (experts, n, k)
+    shapes = [jax.ShapeDtypeStruct(shape, FP8) for shape in ((rows, k), w_shape)]
+    scales = [
+        jax.ShapeDtypeStruct(scale_shape(shape.shape, kind), jnp.float32)
+        for shape, kind in zip(shapes, kinds, strict=True)
+    ]
+
+    def multiply(x, w, sizes, x_scale, w_scale):
+        return hopper_fp8.quantized_matmul(
+            x, w, sizes, x_scale=x_scale, w_scale=w_scale, activation="silu" if gated else None,
+            quantize_out=quantize_out, out_dtype=jnp.bfloat16,
+        )  # fmt: skip
+
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    lowered = jax.jit(multiply).trace(*shapes, sizes, *scales).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"k": 264}, {"n": 132}, {"kinds": ("group", "channel")}, {"bias": jnp.zeros((4, 136))}, {"out_dtype": jnp.int8}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_it_cannot_serve_it_refuses(change):
+    x, w, sizes, _ = make_inputs(**change)
+    options = {name: change[name] for name in ("bias",) if name in change}
+    with pytest.raises(NotImplementedError, match="hopper backend, float8: "):
+        run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=change.get("out_dtype", jnp.bfloat16), **options)
+
+
+def test_elsewhere_it_refuses(monkeypatch):
+    monkeypatch.setattr(hopper_fp8, "on_hopper", lambda: False)
+    x, w, sizes, _ = make_inputs()
+    with pytest.raises(NotImplementedError, match="not a Hopper GPU"):
+        run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=jnp.bfloat16)
