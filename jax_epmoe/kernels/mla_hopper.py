@@ -26,11 +26,11 @@ _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type
 
 
 def serves(q: jax.Array, latent: jax.Array, rank: int) -> bool:
-    """Whether `decode` can compute it: bfloat16 or float16, heads and L multiples of 8, sizes multiples of 64 that fit the SM."""
+    """Whether `decode` can compute it: bfloat16 or float16, L a multiple of 8, sizes multiples of 64 that fit the SM."""
     return (
         q.dtype == latent.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[1] % 8 == latent.shape[1] % 8 == 0
+        and latent.shape[1] % 8 == 0
         and latent.shape[-1] % 64 == 0
         and rank % 64 == 0
         and rank <= 512
@@ -53,13 +53,15 @@ def decode(q: jax.Array, latent: jax.Array, lengths: jax.Array, *, rank: int, sc
     Returns:
       `[B, heads, rank]` in q's dtype.
     """
+    own_heads = q.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, -own_heads % 8), (0, 0)))
     batch, heads, _ = q.shape
     group = next(size for size in range(min(heads, _MAX_HEADS), 0, -8) if heads % size == 0)
     splits = num_splits(batch * (heads // group), latent.shape[1], num_sms())
     out, largest, total = _run(q, latent, lengths, rank=rank, scale=scale, group=group, splits=splits)
     weight = jnp.exp2(largest - jnp.max(largest, axis=0))  # [splits, B, heads]
     merged = jnp.sum(weight[:, :, None] * out, axis=0) / jnp.sum(weight * total, axis=0)[:, None]
-    return merged.astype(q.dtype).mT
+    return merged[..., :own_heads].astype(q.dtype).mT
 
 
 def num_splits(parts: int, length: int, num_ctas: int) -> int:

@@ -35,6 +35,7 @@ def interpreted(monkeypatch):
         (16, 192, 128, 200, 3, "bfloat16"),  # a CTA a sequence
         (8, 128, 64, 300, 12, "float16"),  # several, some of which have no tile
         (48, 128, 128, 64, 9, "bfloat16"),  # three groups of heads
+        (3, 128, 64, 64, 3, "bfloat16"),  # heads that 8 does not divide
     ],
 )
 def test_it_is_a_softmax_over_each_sequences_own_positions(heads, size, rank, length, num_ctas, dtype, interpreted):
@@ -82,7 +83,7 @@ def test_what_is_served():
 
     assert of()
     assert of(heads=128)
-    assert not of(heads=4)
+    assert of(heads=4)
     assert not of(length=100)
     assert not of(size=560)
     assert not of(rank=500)

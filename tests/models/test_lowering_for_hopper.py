@@ -1,0 +1,66 @@
+"""Whole models in bfloat16, lowered for CUDA as on a Hopper GPU: every kernel and library takes its place inside the shard_maps."""
+
+import jax
+import jax._src.cudnn.fused_attention_stablehlo as cudnn
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jax_epmoe import MoEConfig, make_mesh
+from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from jax_epmoe.kernels import rows
+from jax_epmoe.kernels.grouped_gemm import hopper
+from jax_epmoe.models import attention
+from jax_epmoe.models.decoder import Decoder
+from jax_epmoe.moe import router
+
+GQA = ModelConfig(
+    vocab_size=64,
+    hidden_size=256,
+    attention=GQAConfig(num_heads=8, num_kv_heads=4, head_dim=64),
+    rope=RopeConfig(),
+    moe=MoEConfig(256, 256, num_experts=8, top_k=2, shared_intermediate_size=128),
+    moe_layers=(True,),
+)
+MLA = GQA.replace(
+    attention=MLAConfig(num_heads=8, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+)
+LENGTH = 64
+
+
+@pytest.fixture(autouse=True)
+def pretend_hopper(monkeypatch):
+    for module in (hopper, rows, router, attention):
+        monkeypatch.setattr(module, "on_hopper", lambda: True)
+    monkeypatch.setattr(attention, "compute_capability", lambda: 90)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def lowered(config: ModelConfig, tp_size: int, ep_size: int, new_tokens: int) -> str:
+    """The program that runs `new_tokens` tokens of 4 sequences; all of a sequence at once, without a cache, if they are `LENGTH`."""
+    mesh = make_mesh(tp_size, ep_size)
+    model = nnx.eval_shape(lambda: Decoder(config, mesh=mesh, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), backend="hopper"))
+    graphdef, state = nnx.split(model)
+    tokens, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, new_tokens), (4,)))
+    if new_tokens == LENGTH:
+        traced = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)).trace(state, tokens)
+    else:
+        cache = [layer.attention.abstract_cache(4, LENGTH, jnp.bfloat16) for layer in model.layers]
+        traced = jax.jit(lambda state, *args: nnx.merge(graphdef, state).hidden(*args)).trace(
+            state, tokens, start, cache
+        )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (4, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("new_tokens", [1, 16, LENGTH], ids=["a token", "a chunk", "a whole sequence"])
+@pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
+def test_products_rows_and_attention_have_their_kernels(config, new_tokens, sizes):
+    program = lowered(config, *sizes, new_tokens)
+    own_attention = config is MLA and new_tokens == 1
+    assert ("cudnn" in program) != own_attention
+    # Two products, their list of tiles (one function, where it is the same), rows brought together, combine; MLA's decoding.
+    assert program.count("custom_call @mosaic_gpu") >= 5 + own_attention
+    assert "SPMD" not in program.replace("Sharding", "")
