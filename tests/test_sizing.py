@@ -71,7 +71,9 @@ def programs(config: ModelConfig, layout: Layout):
         [[1] * 500] * SIZES.max_batch_size, SamplingParams(), context_length=SIZES.context_length, eos_token_ids=()
     )
     (batch,) = plan_batches(requests, replicas=model.batch_multiple, **vars(SIZES))
-    return [engine._program(batch, length) for length in (SIZES.prefill_chunk, None)]
+    last = batch.chunks[-1]
+    assert (last.start > 0, last.length) == (True, SIZES.prefill_chunk)
+    return [engine._program(batch, chunk) for chunk in (last, None)]
 
 
 _ELEMENT = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}

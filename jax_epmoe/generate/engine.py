@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_epmoe.generate.batching import Batch, check_prompts, check_sizes, make_requests, plan_batches
+from jax_epmoe.generate.batching import Batch, Chunk, check_prompts, check_sizes, make_requests, plan_batches
 from jax_epmoe.generate.sampling import Method, SamplingParams, request_keys, sample
 from jax_epmoe.generate.stats import Stats, device_memory
 from jax_epmoe.mesh import DATA
@@ -185,7 +186,7 @@ class Engine:
             cache = self._init_cache(batch.size, batch.cache_length)
             wishes, rows = jax.tree.map(self._put, _start(batch))
             for chunk in batch.chunks:
-                program = self._program(batch, chunk.length)
+                program = self._program(batch, chunk)
                 tokens, start = self._put(batch.tokens(chunk)), self._put(np.array(chunk.start, np.int32))
                 cache, rows, out = program(self._weights, cache, rows, wishes, tokens, start)
             reader.read(out)
@@ -221,27 +222,28 @@ class Engine:
         return jax.make_array_from_callback(value.shape, self._sharding(value), lambda index: value[index])
 
     def _compile(self, batch: Batch) -> None:
-        for length in {chunk.length for chunk in batch.chunks}:
-            self._program(batch, length)
+        for chunk in batch.chunks:
+            self._program(batch, chunk)
         if max(request.limit for request in batch.requests) > 1:
             self._program(batch, None)
 
-    def _program(self, batch: Batch, chunk_length: int | None) -> Callable:
-        """The compiled prefill call for chunks of that length, or for None the decode step."""
-        key = (batch.size, batch.cache_length, batch.num_stop_ids, batch.method, chunk_length)
+    def _program(self, batch: Batch, chunk: Chunk | None) -> Callable:
+        """The compiled prefill call for chunks of that length (the first ones have their own), or for None the decode step."""
+        of_chunk = None if chunk is None else (chunk.length, chunk.start == 0)
+        key = (batch.size, batch.cache_length, batch.num_stop_ids, batch.method, of_chunk)
         if key not in self._programs:
-            self._programs[key] = self._lowered(batch, chunk_length).compile()
+            self._programs[key] = self._lowered(batch, chunk).compile()
         return self._programs[key]
 
-    def _lowered(self, batch: Batch, chunk_length: int | None) -> jax.stages.Lowered:
+    def _lowered(self, batch: Batch, chunk: Chunk | None) -> jax.stages.Lowered:
         cache = self._cache_shape(batch.size, batch.cache_length)
         wishes, rows = jax.tree.map(self._shape, _start(batch))
         args = [self._weights, cache, rows, wishes]
         step: Callable = self._decode_step
-        if chunk_length is not None:
-            step = self._prefill_step
+        if chunk is not None:
+            step = partial(self._prefill_step, is_start=chunk.start == 0)
             args += [
-                self._shape(np.zeros((batch.size, chunk_length), np.int32)),
+                self._shape(np.zeros((batch.size, chunk.length), np.int32)),
                 self._shape(np.array(0, np.int32)),
             ]
         jitted = jax.jit(
@@ -272,6 +274,7 @@ class Engine:
         tokens: jax.Array,
         start: jax.Array,
         *,
+        is_start: bool,
         method: Method,
     ) -> tuple[Any, _Rows, jax.Array]:
         """Tokens `[B, S]` at positions `start .. start + S`; rows whose prompt ends among them get their first token."""
@@ -279,7 +282,9 @@ class Engine:
         num_tokens = jnp.clip(wishes.prompt_length - start, 0, length)
         ends = (num_tokens > 0) & (start + num_tokens == wishes.prompt_length)
         starts = jnp.broadcast_to(start, (size,))
-        cache, rows = self._advance(weights, cache, rows, wishes, tokens, starts, num_tokens, ends, method)
+        cache, rows = self._advance(
+            weights, cache, rows, wishes, tokens, starts, num_tokens, ends, method, is_start=is_start
+        )
         return cache, rows, jnp.stack([rows.token, rows.status])
 
     def _decode_step(
@@ -302,10 +307,12 @@ class Engine:
         num_tokens: jax.Array,
         ends: jax.Array,
         method: Method,
+        *,
+        is_start: bool = False,
     ) -> tuple[Any, _Rows]:
         """Feeds tokens to the model, and where `ends [B]` takes the token after each row's last one."""
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._state_tree, weights))
-        hidden, cache = model.hidden(tokens, start, cache, num_tokens)  # [B, S, H]
+        hidden, cache = model.hidden(tokens, start, cache, num_tokens, is_start=is_start)  # [B, S, H]
         last = jnp.maximum(num_tokens - 1, 0)
         logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])  # [B, V]
         with jax.named_scope("sample"):

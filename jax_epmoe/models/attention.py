@@ -8,6 +8,7 @@ position up to its own. Entries past a sequence's end are never seen before they
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -178,15 +179,18 @@ class Attention(nnx.Module):
         return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes)
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable, positions: jax.Array, cache: Cache | None
+        self, x: jax.Array, rope: RopeTable, positions: jax.Array, cache: Cache | None, is_start: bool = False
     ) -> tuple[jax.Array, Cache | None]:
-        """`x [B, S, H]`, rope tables `[B, S, dim / 2]`, `positions [B, S]` -> `[B, S, H]` and the cache with x in it."""
+        """`x [B, S, H]`, rope tables `[B, S, dim / 2]`, `positions [B, S]` -> `[B, S, H]` and the cache with x in it.
+
+        `is_start`: x begins its sequences, so that the cache is written and not read.
+        """
         cache_specs = None if cache is None else tuple(self.cache_spec for _ in cache)
         split = not self.head_axes
         spec = tokens_spec(3, split)
         return run_on_shards(
             self,
-            type(self)._on_device,
+            partial(type(self)._on_device, is_start=is_start),
             x,
             rope,
             positions,
@@ -196,7 +200,7 @@ class Attention(nnx.Module):
             out_specs=(spec, cache_specs),
         )
 
-    def _on_device(self, x, rope, positions, cache):
+    def _on_device(self, x, rope, positions, cache, *, is_start):
         raise NotImplementedError
 
     def _output(self, heads: jax.Array, o: jax.Array) -> jax.Array:
@@ -261,7 +265,7 @@ class GQA(Attention):
             self.q_norm = RMSNorm(heads * dim, eps, axes=head_axes, **new)
             self.k_norm = RMSNorm(kv_heads * dim, eps, axes=kv_axes, **new)
 
-    def _on_device(self, x, rope, positions, cache):
+    def _on_device(self, x, rope, positions, cache, *, is_start):
         q = linear(x, self.q[...])  # [B, S, local heads, D] float32
         k = linear(x, self._own_heads(self.k[...]))
         v = linear(x, self._own_heads(self.v[...]))
@@ -277,9 +281,11 @@ class GQA(Attention):
             q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
         q, k = (rotate(a, rope, self.interleaved).astype(x.dtype) for a in (q, k))
         v = v.astype(x.dtype)
+        cached, window = cache is not None and not is_start, self.config.sliding_window
         if cache is not None:
-            cache = k, v = _write(cache[0], k, positions), _write(cache[1], v, positions)
-        cached, window = cache is not None, self.config.sliding_window
+            cache = _write(cache[0], k, positions), _write(cache[1], v, positions)
+        if cached:
+            k, v = cache
         out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window)
         return self._output(out, self.o[...]), cache
 
@@ -355,7 +361,7 @@ class MLA(Attention):
         self.kv_b = parameter((heads, kv_dim, config.kv_lora_rank), per_head, **new)
         self.o = parameter((hidden_size, heads, config.v_head_dim), (None, head_axes, None), **new)
 
-    def _on_device(self, x, rope, positions, cache):
+    def _on_device(self, x, rope, positions, cache, *, is_start):
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         q = self._queries(x)  # [B, S, local heads, nope + rope] float32
         q_rope = rotate(q[..., nope:], rope, self.interleaved)
@@ -363,11 +369,13 @@ class MLA(Attention):
         kv = linear(x, self.kv_a[...])  # [B, S, kv_lora + rope] float32
         k_rope = rotate(kv[..., None, rank:], rope, self.interleaved)[:, :, 0]
         latent = jnp.concatenate([self.kv_a_norm(kv[..., :rank]), k_rope], axis=-1).astype(x.dtype)
+        cached = cache is not None and not is_start
         if cache is not None:
-            latent = _write(cache[0], latent, positions)
-            cache = (latent,)
+            cache = (_write(cache[0], latent, positions),)
+        if cached:
+            (latent,) = cache
         form = self._absorbed if x.shape[1] == 1 else self._expanded
-        out = form(q_nope, q_rope, latent, positions, cache is not None)
+        out = form(q_nope, q_rope, latent, positions, cached)
         return self._output(out, self.o[...]), cache
 
     def _queries(self, x: jax.Array) -> jax.Array:

@@ -66,11 +66,17 @@ class DecoderLayer(nnx.Module):
         self.has_experts = has_experts
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable, positions: jax.Array, mask: jax.Array | None, cache: Cache | None
+        self,
+        x: jax.Array,
+        rope: RopeTable,
+        positions: jax.Array,
+        mask: jax.Array | None,
+        cache: Cache | None,
+        is_start: bool = False,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """`x [B, S, H]` -> `[B, S, H]`, the extended cache, and the rows that each expert got (`[E]`, or None)."""
         with jax.named_scope("attention"):
-            attended, cache = self.attention(self.attention_norm(x), rope, positions, cache)
+            attended, cache = self.attention(self.attention_norm(x), rope, positions, cache, is_start)
         x = x + attended
         normed = self.mlp_norm(x)
         if not self.has_experts:
@@ -155,7 +161,13 @@ class Decoder(nnx.Module):
         return [layer.attention.init_cache(batch_size, length, self.dtype) for layer in self.layers]
 
     def hidden(
-        self, tokens: jax.Array, start: jax.Array, cache: list[Cache], num_tokens: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        start: jax.Array,
+        cache: list[Cache],
+        num_tokens: jax.Array | None = None,
+        *,
+        is_start: bool = False,
     ) -> tuple[jax.Array, list[Cache]]:
         """Runs the next piece of each sequence and extends the cache.
 
@@ -166,18 +178,19 @@ class Decoder(nnx.Module):
           num_tokens: `[B]` int32: how many of a row's S tokens are real. The rest (padding, on the right) take no routed
             experts and their outputs mean nothing; what they leave in the cache is overwritten by the real tokens of
             those positions before anything can see it. None: all.
+          is_start: the tokens begin their sequences: `start` is 0, and nothing in the cache is read, which is quicker.
 
         Returns:
           The last layer's normalised output `[B, S, H]`, for `logits`, and the cache.
         """
-        hidden, cache, _ = self._run(tokens, start, cache, num_tokens)
+        hidden, cache, _ = self._run(tokens, start, cache, num_tokens, is_start)
         return hidden, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[B, ..., H]` -> `[B, ..., vocab]` float32."""
         return (self.head or self.embed).logits(hidden)
 
-    def _run(self, tokens, start, cache, num_tokens):
+    def _run(self, tokens, start, cache, num_tokens, is_start=False):
         config = self.config
         steps = jnp.arange(tokens.shape[1])
         positions = start[:, None] + steps
@@ -187,7 +200,7 @@ class Decoder(nnx.Module):
         caches, loads = [], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache, load = layer(x, rope, positions, mask, None if cache is None else cache[i])
+                x, layer_cache, load = layer(x, rope, positions, mask, None if cache is None else cache[i], is_start)
             caches.append(layer_cache)
             loads += [] if load is None else [load]
         return self.norm(x), caches, jnp.stack(loads)

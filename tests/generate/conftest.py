@@ -34,14 +34,15 @@ class HashModel(nnx.Module):
             "tokens": jnp.full((batch_size, length), 90, jnp.int32, device=NamedSharding(self.mesh, P("data", None)))
         }
 
-    def hidden(self, tokens, start, cache, num_tokens):
+    def hidden(self, tokens, start, cache, num_tokens, *, is_start):
         if self.observe is not None:
             jax.debug.callback(self.observe, num_tokens)
         size, length = tokens.shape
         position = start[:, None] + jnp.arange(length)
         # What padding leaves behind is as wrong as can be.
         written = jnp.where(jnp.arange(length) < num_tokens[:, None], tokens, 77)
-        cached = cache["tokens"].at[jnp.arange(size)[:, None], position].set(written, mode="drop")
+        old = jnp.where(is_start & (start[:, None] >= 0), 55, cache["tokens"])
+        cached = old.at[jnp.arange(size)[:, None], position].set(written, mode="drop")
         seen = jnp.arange(cached.shape[1]) <= position[..., None]  # [B, S, L]
         weight = (jnp.arange(cached.shape[1]) * self.factor[...] + 7) % 89
         hashed = jnp.sum(jnp.where(seen, (cached[:, None] + 3) * weight, 0), axis=-1) % self.config.vocab_size

@@ -1,5 +1,7 @@
 """The decoder: its cache leaves no trace of padding or pieces, every mesh computes the same, and so do gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,18 @@ TOLERANCE = 1e-5
 
 
 def stepper(model):
-    """`(tokens, start, cache, num_tokens) -> (logits, cache)`, compiled."""
+    """`(tokens, start, cache, num_tokens) -> (logits, cache)`, compiled; with `is_start` for tokens that begin their sequences."""
 
-    def step(model, tokens, start, cache, num_tokens):
-        hidden, cache = model.hidden(tokens, start, cache, num_tokens)
+    def step(is_start, model, tokens, start, cache, num_tokens):
+        hidden, cache = model.hidden(tokens, start, cache, num_tokens, is_start=is_start)
         return model.logits(hidden), cache
 
-    run = compiled(model, step)
-    return lambda tokens, start, cache, num_tokens: run(tokens, np.int32(start), cache, np.int32(num_tokens))
+    runs = {is_start: compiled(model, partial(step, is_start)) for is_start in (False, True)}
+
+    def run(tokens, start, cache, num_tokens, is_start=False):
+        return runs[is_start](tokens, np.int32(start), cache, np.int32(num_tokens))
+
+    return run
 
 
 @each_kind
@@ -42,7 +48,7 @@ def test_a_ragged_batch_in_pieces_is_each_sequence_alone(config):
     for position in range(0, 12, 4):
         real = np.clip(lengths - position, 0, 4)
         padded = np.where(np.arange(4) < real[:, None], text[:, position : position + 4], 28)
-        logits, cache = step(padded, [position] * 4, cache, real)
+        logits, cache = step(padded, [position] * 4, cache, real, is_start=position == 0)
         for b in range(4):
             got[b].append(logits[b, : real[b]])
     for i in range(extra):
