@@ -315,9 +315,11 @@ def test_a_write_that_fails_is_one_line(tmp_path, src):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# The program with a pause after each layer, so that the signal comes in time on a busy machine too.
+# The program with a pause after each layer, so that the signal comes in time on a busy machine too. Where tests are started in the
+# background, they inherit that Ctrl-C is ignored, and so would it.
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from weights_convert import cli
 module = sys.modules["weights_convert.convert"]
 save = module._save
