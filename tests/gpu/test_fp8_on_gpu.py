@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu.test_grouped_gemm_on_gpu import load_sizes
 
 from jax_epmoe.kernels import device
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference
@@ -15,17 +16,11 @@ KINDS = {"block": ("group", "block"), "channel": ("token", "channel"), "tensor":
 
 
 def make_case(kinds, rows, experts, k, n, gated, load):
-    random = np.random.default_rng(0)
-    sizes = {
-        "uneven": random.multinomial(rows, random.dirichlet(np.full(experts, 0.5))),
-        "one": rows * np.eye(experts, dtype=np.int32)[experts // 2],
-        "half": random.multinomial(rows // 2, np.full(experts, 1 / experts)),  # the other rows belong to nobody
-    }[load]
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, k)) * jnp.exp(jax.random.normal(keys[1], (rows, 1)))
     w = jax.random.normal(keys[2], (experts, 2, n, k) if gated else (experts, n, k)) * k**-0.5
     x, w = (jax.jit(quantize, static_argnums=1)(a, kind) for a, kind in zip((x, w), kinds, strict=True))
-    return x, w, jnp.asarray(sizes, jnp.int32)
+    return x, w, load_sizes(load, rows, experts)
 
 
 @pytest.mark.parametrize("load", ["uneven", "one", "half"])

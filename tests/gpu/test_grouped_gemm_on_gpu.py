@@ -22,7 +22,7 @@ class TestHopper(GroupedGemmSuite):
     shape = Shape(rows=80, experts=6, n=64, k=128, tokens=20)  # the gradient of x reads w transposed: 64 divides k
 
 
-def make_case(rows, experts, k, n, gated, load):
+def load_sizes(load, rows, experts):
     random = np.random.default_rng(0)
     sizes = {
         "uneven": random.multinomial(rows, random.dirichlet(np.full(experts, 0.5))),
@@ -30,10 +30,14 @@ def make_case(rows, experts, k, n, gated, load):
         "even": np.full(experts, rows // experts),
         "half": random.multinomial(rows // 2, np.full(experts, 1 / experts)),  # the other rows belong to nobody
     }[load]
+    return jnp.asarray(sizes, jnp.int32)
+
+
+def make_case(rows, experts, k, n, gated, load):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (rows, k), jnp.bfloat16)
     w = (jax.random.normal(keys[1], (experts, 2, n, k) if gated else (experts, n, k)) * k**-0.5).astype(jnp.bfloat16)
-    return x, w, jnp.asarray(sizes, jnp.int32)
+    return x, w, load_sizes(load, rows, experts)
 
 
 def sampled_error(out, x, w, sizes, gated) -> float:

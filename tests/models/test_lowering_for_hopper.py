@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jax_epmoe import MoEConfig, make_mesh
+from jax_epmoe import EPMoE, MoEConfig, make_mesh
 from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from jax_epmoe.kernels import rows
 from jax_epmoe.kernels.grouped_gemm import hopper
@@ -38,7 +38,7 @@ def pretend_hopper(monkeypatch):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
 
 
-def lowered(config: ModelConfig, tp_size: int, ep_size: int, new_tokens: int) -> str:
+def lowered(config: ModelConfig, tp_size: int, ep_size: int, new_tokens: int, is_start: bool = False) -> str:
     """The program that runs `new_tokens` tokens of 4 sequences; all of a sequence at once, without a cache, if they are `LENGTH`."""
     mesh = make_mesh(tp_size, ep_size)
     model = nnx.eval_shape(lambda: Decoder(config, mesh=mesh, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), backend="hopper"))
@@ -48,9 +48,8 @@ def lowered(config: ModelConfig, tp_size: int, ep_size: int, new_tokens: int) ->
         traced = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)).trace(state, tokens)
     else:
         cache = [layer.attention.abstract_cache(4, LENGTH, jnp.bfloat16) for layer in model.layers]
-        traced = jax.jit(lambda state, *args: nnx.merge(graphdef, state).hidden(*args)).trace(
-            state, tokens, start, cache
-        )
+        run = jax.jit(lambda state, *args: nnx.merge(graphdef, state).hidden(*args, is_start=is_start))
+        traced = run.trace(state, tokens, start, cache)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -63,4 +62,29 @@ def test_products_rows_and_attention_have_their_kernels(config, new_tokens, size
     assert ("cudnn" in program) != own_attention
     # Two products, their list of tiles (one function, where it is the same), rows brought together, combine; MLA's decoding.
     assert program.count("custom_call @mosaic_gpu") >= 5 + own_attention
-    assert "SPMD" not in program.replace("Sharding", "")
+    assert "CustomSPMDPartitioning" not in program  # nothing is left to the partitioner inside a shard_map
+
+
+@pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
+def test_a_prompts_first_chunk_reads_no_cache(config):
+    later, first = (lowered(config, 1, 1, 16, is_start=is_start) for is_start in (False, True))
+    assert "fmhaScaleBias" in later  # a mask over the cache
+    assert "fmhaScaleBias" not in first
+    assert "cudnn" in first
+
+
+def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():
+    layer = nnx.eval_shape(
+        lambda: EPMoE(GQA.moe, mesh=make_mesh(), dtype=jnp.bfloat16, rngs=nnx.Rngs(0), backend="hopper")
+    )
+    graphdef, state = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((2048, GQA.hidden_size), jnp.bfloat16)
+
+    def loss(state, x):
+        return jnp.sum(nnx.merge(graphdef, state)(x).astype(jnp.float32))
+
+    for function, least in ((loss, 6), (jax.grad(loss, argnums=(0, 1), allow_int=True), 8)):
+        program = jax.jit(function).trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
+        assert program.count("custom_call @mosaic_gpu") >= least
+        assert "stablehlo.while" not in program, "some product was left to the definition in XLA"
+        assert "@top_k(" in program

@@ -134,38 +134,24 @@ def _run(
         def _produce():
             plgpu.set_max_registers(producer_registers, action="decrease")
 
-            def load_tile(step, tile):
+            def begin(tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
                 columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
 
-                def load(height):
-                    @pl.loop(0, k_steps)
-                    def _(k_step):
-                        count = step * k_steps + k_step
-                        stage = lax.rem(count, i32(stages))
-
-                        @pl.when(count >= stages)
-                        def _():
-                            plgpu.barrier_wait(empty.at[stage])
-
-                        ks = pl.ds(k_step * tiling.block_k, tiling.block_k)
+                def load(height, k_step, stage):
+                    ks = pl.ds(k_step * tiling.block_k, tiling.block_k)
+                    plgpu.copy_gmem_to_smem(
+                        x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, pl.ds(0, height)], full.at[stage]
+                    )
+                    for part in range(parts):
+                        box = (ks, columns) if transpose_w else (columns, ks)
                         plgpu.copy_gmem_to_smem(
-                            x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, pl.ds(0, height)], full.at[stage]
+                            w_gmem.at[tile.expert, part, *box], w_smem.at[stage, part], full.at[stage]
                         )
-                        for part in range(parts):
-                            box = (ks, columns) if transpose_w else (columns, ks)
-                            plgpu.copy_gmem_to_smem(
-                                w_gmem.at[tile.expert, part, *box], w_smem.at[stage, part], full.at[stage]
-                            )
 
-                walk.for_height(tile.code, load)
+                return load
 
-            walk.over_tiles(load_tile)
-            loads = walk.steps * k_steps
-
-            @pl.loop(lax.max(loads - stages, i32(0)), loads)
-            def _(count):  # every stage must be released before the kernel ends
-                plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
+            walk.produce(k_steps, stages, empty, begin)
 
         @pl.when(warpgroup < consumers)
         def _consume():

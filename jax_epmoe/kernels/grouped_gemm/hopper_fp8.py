@@ -5,6 +5,7 @@ accumulator, and warpgroups add that to a float32 sum ("promotion"), in every fo
 number a block of weights and one a row of x, which comes by TMA beside x; others scale the sum at the end.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -124,12 +125,12 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
         # Two blocks of 64 columns a warpgroup, 128 high, are more sums than its registers hold.
         heights = (64, 88, 112, 128) if narrow else (48, 80, 96, 112)
         tiling = Tiling(columns=128 if narrow else 256, heights=heights, block_k=BLOCK)
-    stages = next(stages for stages in range(8, 1, -1) if _shared_memory(tiling, stages, gated, out_dtype))
-    return Tiling(columns=tiling.columns, heights=tiling.heights, block_k=BLOCK, stages=stages)
+    stages = next(stages for stages in range(8, 1, -1) if _fits(tiling, stages, gated, out_dtype))
+    return dataclasses.replace(tiling, stages=stages)
 
 
-def _shared_memory(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
-    """Whether so many stages fit, with all of a tile's output and some barriers."""
+def _fits(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
+    """Whether shared memory holds so many stages, with all of a tile's output and some barriers."""
     height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
     stage = (height + weights) * BLOCK + 4 * max(height, 32)
     return stages * stage + height * tiling.columns * out_dtype.itemsize + 2048 <= SHARED_MEMORY_LIMIT
@@ -175,40 +176,27 @@ def _run(
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            def load_tile(step, tile):
+            def begin(tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
                 columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
 
-                def load(height):
-                    @pl.loop(0, k_steps)
-                    def _(k_step):
-                        count = step * k_steps + k_step
-                        stage = lax.rem(count, i32(stages))
+                def load(height, k_step, stage):
+                    ks, top = pl.ds(k_step * BLOCK, BLOCK), pl.ds(0, height)
+                    plgpu.copy_gmem_to_smem(
+                        x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, top], full.at[stage]
+                    )
+                    for part in range(parts):
+                        plgpu.copy_gmem_to_smem(
+                            w_gmem.at[tile.expert, part, columns, ks], w_smem.at[stage, part], full.at[stage]
+                        )
+                    if not scaled_at_the_end:
+                        plgpu.copy_gmem_to_smem(
+                            xs_gmem.at[k_step, pl.ds(first_row, height)], xs_smem.at[stage, top], full.at[stage]
+                        )
 
-                        @pl.when(count >= stages)
-                        def _():
-                            plgpu.barrier_wait(empty.at[stage])
+                return load
 
-                        ks, own_rows = pl.ds(k_step * BLOCK, BLOCK), pl.ds(first_row, height)
-                        top = pl.ds(0, height)
-                        plgpu.copy_gmem_to_smem(x_gmem.at[own_rows, ks], x_smem.at[stage, top], full.at[stage])
-                        for part in range(parts):
-                            plgpu.copy_gmem_to_smem(
-                                w_gmem.at[tile.expert, part, columns, ks], w_smem.at[stage, part], full.at[stage]
-                            )
-                        if not scaled_at_the_end:
-                            plgpu.copy_gmem_to_smem(
-                                xs_gmem.at[k_step, own_rows], xs_smem.at[stage, top], full.at[stage]
-                            )
-
-                walk.for_height(tile.code, load)
-
-            walk.over_tiles(load_tile)
-            loads = walk.steps * k_steps
-
-            @pl.loop(lax.max(loads - stages, i32(0)), loads)
-            def _(count):  # every stage must be released before the kernel ends
-                plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
+            walk.produce(k_steps, stages, empty, begin)
 
         @pl.when(warpgroup < _CONSUMERS)
         def _consume():

@@ -45,6 +45,36 @@ class Walk:
 
         lax.fori_loop(0, self.steps, step_body, self._tile(i32(0)))
 
+    def produce(self, k_steps: int, stages: int, empty: Any, begin: Callable[[Tile], Callable[..., None]]) -> None:
+        """`begin(tile)(height, k_step, stage)` for all steps of all tiles, each as soon as its stage of the ring is `empty` again.
+
+        Returns when every stage has been released, as it must be before the kernel ends.
+        """
+
+        def load_tile(step, tile):
+            load = begin(tile)
+
+            def load_steps(height):
+                @pl.loop(0, k_steps)
+                def _(k_step):
+                    count = step * k_steps + k_step
+                    stage = lax.rem(count, i32(stages))
+
+                    @pl.when(count >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[stage])
+
+                    load(height, k_step, stage)
+
+            self.for_height(tile.code, load_steps)
+
+        self.over_tiles(load_tile)
+        loads = self.steps * k_steps
+
+        @pl.loop(lax.max(loads - stages, i32(0)), loads)
+        def _(count):
+            plgpu.barrier_wait(empty.at[lax.rem(count, i32(stages))])
+
     def for_height(self, code: jax.Array, body: Callable[[int], None]) -> None:
         for i, height in enumerate(self._heights):
             pl.when(code == i)(functools.partial(body, height))
