@@ -102,7 +102,8 @@ def lines(profile: Any) -> Iterable[list[Event]]:
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
-    """Microseconds of each instruction; what runs inside an event of the same line (a loop's body) counts once, as itself."""
+    """Microseconds of each instruction. A moment counts once, for the event that began last: what runs inside another (a loop's
+    body), or begins while a kernel ends."""
     total: dict[str, float] = collections.defaultdict(float)
     for events in lines:
         around: list[Event] = []
@@ -110,7 +111,8 @@ def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
             while around and around[-1].start_ns + around[-1].duration_ns <= event.start_ns:
                 around.pop()
             if around:
-                total[around[-1].op] -= event.duration_ns / 1e3
+                shared = min(around[-1].start_ns + around[-1].duration_ns - event.start_ns, event.duration_ns)
+                total[around[-1].op] -= shared / 1e3
             total[event.op] += event.duration_ns / 1e3
             around.append(event)
     return dict(total)

@@ -49,6 +49,11 @@ def test_what_runs_inside_a_loops_event_counts_once():
     assert total == pytest.approx({"custom-call.2": 8.5, "loop_convert_fusion": 2.0, "while.3": 3.0})
 
 
+def test_a_kernel_that_begins_while_another_ends_is_not_inside_it():
+    total = scopes.divide([[Event("a", 0, 30_000), Event("b", 29_000, 3_000), Event("c", 32_000, 2_000)]])
+    assert total == pytest.approx({"a": 29.0, "b": 3.0, "c": 2.0})
+
+
 def layer(x):
     with jax.named_scope("router"):
         y = jnp.sort(x, axis=0)

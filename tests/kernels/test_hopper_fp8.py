@@ -40,7 +40,7 @@ def pretend_hopper(monkeypatch):
     reset_gpu_interpret_mode_state()
 
 
-def make_inputs(kinds=KINDS["block"], gated=False, sizes=(37, 0, 70, 5), rows=128, k=272, n=136, gather=None, **_):
+def make_inputs(kinds=KINDS["block"], gated=False, sizes=(37, 0, 70, 5), rows=128, k=288, n=136, gather=None, **_):
     rng = np.random.default_rng(0)
     shape = (len(sizes), 2, n, k) if gated else (len(sizes), n, k)
     x = rng.normal(size=(gather or rows, k)) * np.exp(rng.normal(size=(gather or rows, 1)))
@@ -94,6 +94,7 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
         (6144, 20, 1536, 5120, False, KINDS["block"], None),
         (192, 20, 5120, 1536, True, KINDS["block"], "group"),
         (512, 128, 768, 2048, False, KINDS["channel"], None),
+        (96, 32, 416, 136, False, KINDS["block"], None),
         (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
     ],
 )
@@ -124,7 +125,7 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
 
 @pytest.mark.parametrize(
     "change",
-    [{"k": 264}, {"n": 132}, {"kinds": ("group", "channel")}, {"bias": jnp.zeros((4, 136))}, {"out_dtype": jnp.int8}],
+    [{"k": 272}, {"n": 132}, {"kinds": ("group", "channel")}, {"bias": jnp.zeros((4, 136))}, {"out_dtype": jnp.int8}],
     ids=lambda change: next(iter(change)),
 )
 def test_what_it_cannot_serve_it_refuses(change):

@@ -18,14 +18,12 @@ from jax_epmoe.kernels import rows_hopper
 from jax_epmoe.kernels.activations import ACTIVATIONS
 from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule, tiles
-from jax_epmoe.kernels.grouped_gemm.layout import OUTPUT_TRANSFORMS, ROW_ALIGNMENT
+from jax_epmoe.kernels.grouped_gemm.layout import FP8_K_ALIGNMENT, OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
 from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
 from jax_epmoe.kernels.grouped_gemm.tuning import SHARED_MEMORY_LIMIT, Tiling
 from jax_epmoe.quant import BLOCK, FP8, Granularity, QuantizedArray
 
-_K_ALIGNMENT = 16  # bytes of a row, for TMA
 _CONSUMERS = 2
-_OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK))  # type: ignore[abstract]
 _OUTPUTS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -48,7 +46,7 @@ def quantized_matmul(
     """What `reference.quantized_matmul` computes; rows past the groups are left as they are. Scales as `grouped_gemm` has them.
 
     Raises:
-      NotImplementedError: another device than Hopper, a bias, a k that 16 or an n that 8 does not divide, 128 values of x a scale
+      NotImplementedError: another device than Hopper, a bias, a k that 32 or an n that 8 does not divide, 128 values of x a scale
         with other weights than blocks (or one for all of an expert's).
     """
     experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
@@ -62,7 +60,7 @@ def quantized_matmul(
         (out_dtype not in _OUTPUTS, f"out_dtype {out_dtype}"),
         (bias is not None, "there is a bias"),
         (x.size == 0 or w.size == 0, "an operand is empty"),
-        (k % _K_ALIGNMENT, f"{_K_ALIGNMENT} does not divide k"),
+        (k % FP8_K_ALIGNMENT, f"{FP8_K_ALIGNMENT} does not divide k"),
         (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
         (x_groups and by_channel, "x has a scale for 128 values, and w one for a channel"),
     ):
@@ -132,8 +130,13 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
 def _fits(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
     """Whether shared memory holds so many stages, with all of a tile's output and some barriers."""
     height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
-    stage = (height + weights) * BLOCK + 4 * max(height, 32)
+    stage = (height + weights) * BLOCK + 4 * _scales_of(height)
     return stages * stage + height * tiling.columns * out_dtype.itemsize + 2048 <= SHARED_MEMORY_LIMIT
+
+
+def _scales_of(height: int) -> int:
+    """The room for a stage's scales: TMA writes to multiples of 128 bytes."""
+    return pl.cdiv(height, 32) * 32
 
 
 def _gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array:
@@ -293,9 +296,9 @@ def _run(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
         scratch_types=[
-            plgpu.SMEM((stages, max_height, BLOCK), FP8, transforms=_OPERAND),
-            plgpu.SMEM((stages, parts, tiling.columns, BLOCK), FP8, transforms=_OPERAND),
-            plgpu.SMEM((stages, max(max_height, 32)), f32),
+            plgpu.SMEM((stages, max_height, BLOCK), FP8, transforms=operand_transforms(k, 1)),
+            plgpu.SMEM((stages, parts, tiling.columns, BLOCK), FP8, transforms=operand_transforms(k, 1)),
+            plgpu.SMEM((stages, _scales_of(max_height)), f32),
             plgpu.SMEM((_CONSUMERS, blocks, max_height, 64), out_dtype, transforms=out_transforms),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
