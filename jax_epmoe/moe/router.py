@@ -1,10 +1,12 @@
 """The router: which experts a token goes to, and with what weights. All of it in float32, the same bits on every rank."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from jax_epmoe.config import MoEConfig
-from jax_epmoe.kernels import top_k_hopper
+from jax_epmoe.kernels import route_hopper
 from jax_epmoe.kernels.device import on_hopper
 
 
@@ -22,13 +24,7 @@ def route(
     Returns:
       weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
     """
-    logits = _logits(x, router_weight.astype(jnp.float32))
-    scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)  # [T, E]
-    choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
-    if config.n_group > 1:
-        choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
-    ids = _largest(jax.lax.stop_gradient(choice), config.top_k)
-    weights = jnp.take_along_axis(scores, ids, axis=-1)  # [T, k]
+    weights, ids = _choose(_logits(x, router_weight.astype(jnp.float32)), correction_bias, config)
     if config.norm_topk_prob:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
     return weights * config.routed_scaling_factor, ids.astype(jnp.int32)
@@ -54,11 +50,44 @@ def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
     return high + low
 
 
-def _largest(choice: jax.Array, k: int) -> jax.Array:
-    """The columns of the k largest of each row, best first; ties go to the lower column."""
-    if len(choice) >= _MANY_TOKENS and on_hopper() and top_k_hopper.serves(choice):
-        return top_k_hopper.top_k(choice, k)[1]
-    return jax.lax.top_k(choice, k)[1]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """The scores of the chosen experts `[T, k]`, and their ids; the scores alone have a gradient."""
+    if on_hopper() and route_hopper.serves(logits):
+        values, ids = route_hopper.choose(logits, correction_bias, config)
+        return values if correction_bias is None else _scores_of(logits, ids, config), ids
+    choice = _scores(logits, config)  # [T, E]
+    if correction_bias is not None:
+        choice += correction_bias.astype(jnp.float32)
+    if config.n_group > 1:
+        choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
+    ids = jax.lax.top_k(choice, config.top_k)[1]
+    return _scores_of(logits, ids, config), ids
+
+
+def _choose_forward(logits, correction_bias, config):
+    weights, ids = _choose(logits, correction_bias, config)
+    return (weights, ids), (logits, correction_bias, ids)
+
+
+def _choose_backward(config, saved, d_outputs):
+    logits, correction_bias, ids = saved
+    (d_logits,) = jax.vjp(lambda logits: _scores_of(logits, ids, config), logits)[1](d_outputs[0])
+    return d_logits, jax.tree.map(jnp.zeros_like, correction_bias)
+
+
+_choose.defvjp(_choose_forward, _choose_backward)
+
+
+def _scores(logits: jax.Array, config: MoEConfig) -> jax.Array:
+    return jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _scores_of(logits: jax.Array, ids: jax.Array, config: MoEConfig) -> jax.Array:
+    """Scores `[T, k]` of some experts."""
+    if config.scoring == "sigmoid":  # of each logit alone
+        return _scores(jnp.take_along_axis(logits, ids, axis=-1), config)
+    return jnp.take_along_axis(_scores(logits, config), ids, axis=-1)
 
 
 def _in_best_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:

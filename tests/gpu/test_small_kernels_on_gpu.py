@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels import test_route_hopper
 
 from jax_epmoe.config import MoEConfig
-from jax_epmoe.kernels import device, mla_hopper, rows, rows_hopper, top_k_hopper
+from jax_epmoe.kernels import device, mla_hopper, route_hopper, rows, rows_hopper
 from jax_epmoe.models import attention
 from jax_epmoe.moe import router
 from jax_epmoe.moe.plan import make_plan
@@ -53,13 +54,19 @@ def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local)
         np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=5e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize(("experts", "k"), [(160, 6), (128, 8), (256, 8), (64, 6), (8, 2)])
-def test_top_k(experts, k):
-    scores = jnp.round(normal(0, 5000, experts, dtype=jnp.float32) * 20)  # with ties
-    values, columns = top_k_hopper.top_k(scores, k)
-    expected = np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(columns, expected)
-    np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(scores), expected, axis=1))
+@pytest.mark.parametrize("tokens", [5000, 64, 1])
+@pytest.mark.parametrize("case", test_route_hopper.CASES.values(), ids=test_route_hopper.CASES.keys())
+def test_the_router_chooses_as_in_xla(case, tokens, monkeypatch):
+    config = test_route_hopper.config_of(case)
+    logits = normal(0, tokens, config.num_experts, dtype=jnp.float32)
+    bias = normal(1, config.num_experts, dtype=jnp.float32) / 8 if config.correction_bias else None
+    values, ids = route_hopper.choose(logits, bias, config)
+    monkeypatch.setattr(router, "on_hopper", lambda: False)
+    expected, expected_ids = jax.jit(router._choose, static_argnums=2)(logits, bias, config)
+    same = np.asarray(ids == expected_ids).all(axis=1)
+    assert np.mean(same) > 0.998  # scores that are equal but for rounding
+    expected = expected if bias is None else expected + bias[ids]
+    np.testing.assert_allclose(values[same], expected[same], rtol=1e-5)
 
 
 def test_many_tokens_are_routed_as_in_float32():

@@ -1,6 +1,7 @@
 """`route` against each model's published routing, written out token by token in NumPy float64; and `MoEConfig`."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -188,18 +189,29 @@ def test_logits_of_many_tokens_in_bfloat16_are_those_of_float32(bits):
     assert np.linalg.norm(got - expected) < (1e-6 if bits == 7 else 6e-6) * np.linalg.norm(expected)
 
 
-def test_many_tokens_go_through_the_hopper_kernel(monkeypatch):
-    scores = jax.random.normal(jax.random.key(0), (router._MANY_TOKENS, 64))
-    expected = router._largest(scores, 4)
+@pytest.mark.parametrize("biased", [False, True])
+def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
+    scoring = {"scoring": "sigmoid", "correction_bias": True} if biased else {}
+    config = dataclasses.replace(BASE, num_experts=64, **scoring)
+    x, w = (jax.random.normal(jax.random.key(i), (n, H)) for i, n in enumerate((7, 64)))
+    bias = jax.random.normal(jax.random.key(2), (64,)) if biased else None
+    few = dataclasses.replace(config, num_experts=60)
+    few_bias = None if bias is None else bias[:60]
+    expected = [jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config), route(x, w[:60], few_bias, few)]
     calls = []
 
-    def recorded(scores, k):
-        calls.append(k)
-        return jax.lax.top_k(scores, k)
+    def recorded(logits, bias, config):
+        calls.append(config.num_experts)
+        choice = router._scores(logits, config) + (0 if bias is None else bias)
+        return jax.lax.top_k(choice, config.top_k)
 
     monkeypatch.setattr(router, "on_hopper", lambda: True)
-    monkeypatch.setattr(router.top_k_hopper, "top_k", recorded)
-    np.testing.assert_array_equal(router._largest(scores, 4), expected)
-    router._largest(scores[:5], 4)
-    router._largest(scores[:, :60], 4)
-    assert calls == [4]
+    monkeypatch.setattr(router.route_hopper, "choose", recorded)
+    got = [jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config), route(x, w[:60], few_bias, few)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
+    assert calls == [64]
+
+
+def total_weight(x, w, bias, config):
+    weights, ids = route(x, w, bias, config)
+    return jnp.sum(weights * jnp.arange(config.top_k)), ids
