@@ -65,6 +65,7 @@ def load_model(
     config, quantization = read_config(path), quantization_of(header)
     dtype = _checked_dtype(dtype or header["dtype"])
     graphdef, state = abstract_model(config, mesh, dtype, backend, dp_attention, quantization)
+    state = _with_routers_of(state, jnp.dtype(header["dtype"]), dtype)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
     arrays = _restore(path, parameter_shapes(config, quantization), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
@@ -85,22 +86,41 @@ def dummy_model(
     Args and errors are `load_model`'s; `dtype` is bfloat16 unless given, `seed` makes the weights, and `quantization` is None or
     a name in `jax_epmoe.quant.FORMATS`.
     """
-    return Decoder(
+    dtype = _checked_dtype(dtype or jnp.bfloat16)
+    model = Decoder(
         read_config(path),
         mesh=mesh,
-        dtype=_checked_dtype(dtype or jnp.bfloat16),
+        dtype=dtype,
         rngs=nnx.Rngs(seed),
         backend=backend,
         dp_attention=dp_attention,
         quantization=Quantization(quantization),
     )
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, _with_routers_of(state, dtype, dtype))
+
+
+def _with_routers_of(state: nnx.State, stored: jnp.dtype, dtype: jnp.dtype) -> nnx.State:
+    """Routers that are stored in the model's dtype stay in it: the logits are the same, and tensor cores make them."""
+
+    def keep(keys: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        if keys[-2:] != ("router", "weight") or stored != dtype:
+            return variable
+        value = variable.get_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return variable.replace(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding))
+        return variable.replace(value.astype(dtype))
+
+    return nnx.map_state(keep, state)
 
 
 def parameter_shapes(
     config: ModelConfig, quantization: Quantization = NOT_QUANTIZED
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The name and unpadded shape of each array of a model's checkpoint; its dtype if that is fixed, else bfloat16."""
-    _, state = abstract_model(config, make_mesh(), jnp.dtype(jnp.bfloat16), quantization=quantization)
+    dtype = jnp.dtype(jnp.bfloat16)
+    _, state = abstract_model(config, make_mesh(), dtype, quantization=quantization)
+    state = _with_routers_of(state, dtype, dtype)
     return {
         _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
         for keys, variable in nnx.to_flat_state(state)

@@ -22,7 +22,7 @@ from jax_epmoe.quantized_parameters import expert_weights
 
 
 class Router(nnx.Module):
-    """Parameters `weight [E, H]` and, where the config asks, `correction_bias [E]`; float32, on every device."""
+    """Parameters `weight [E, H]` and, where the config asks, `correction_bias [E]`; float32 when made, on every device."""
 
     def __init__(self, config: MoEConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         shape = (config.num_experts, config.hidden_size)
@@ -69,7 +69,7 @@ class EPMoE(nnx.Module):
         Args:
           config: sizes and routing.
           mesh: any mesh that has the axes named below; its axes may be Auto or Explicit, and it need not be set.
-          dtype: of the experts' weights; the router's are float32.
+          dtype: of the experts' weights; the router's are float32, unless a checkpoint in this dtype is loaded into them.
           rngs: whose `params` stream initialises the weights.
           data_axes: over which tokens (the first dimension of x) are split, or None.
           expert_axis: over which experts are dealt, or None.

@@ -24,7 +24,7 @@ def route(
     Returns:
       weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
     """
-    weights, ids = _choose(_logits(x, router_weight.astype(jnp.float32)), correction_bias, config)
+    weights, ids = _choose(_logits(x, router_weight), correction_bias, config)
     if config.norm_topk_prob:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
     return weights * config.routed_scaling_factor, ids.astype(jnp.int32)
@@ -37,16 +37,19 @@ _MANY_TOKENS = 1024
 def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x [T, H]` times `w [E, H]`, both as float32 -> `[T, E]` float32.
 
-    Tensor cores have no float32. Many tokens in bfloat16 are multiplied by two bfloat16 that add up to a weight, which is
-    exact in float32 for weights that came from bfloat16; others lose what is below 2**-17 of them, where x was rounded at 2**-9.
+    Tensor cores have no float32, but what they multiply in 16 bits is exact in it. Many tokens in bfloat16 are multiplied by two
+    bfloat16 that add up to a float32 weight: what is lost is below 2**-17 of it, where x was rounded at 2**-9.
     """
-    contract = (((1,), (1,)), ((), ()))
+    multiply = partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
+    if x.dtype == w.dtype and w.dtype.itemsize == 2:
+        return multiply(x, w, preferred_element_type=jnp.float32)
+    w = w.astype(jnp.float32)
     if x.dtype != jnp.bfloat16 or x.shape[0] < _MANY_TOKENS:
-        return jax.lax.dot_general(x.astype(jnp.float32), w, contract, precision=jax.lax.Precision.HIGHEST)
+        return multiply(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
     # `reduce_precision`: a compiler may take a cast there and back for nothing.
     high = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
     both = jnp.concatenate([high, w - high]).astype(jnp.bfloat16)
-    high, low = jnp.split(jax.lax.dot_general(x, both, contract, preferred_element_type=jnp.float32), 2, axis=1)
+    high, low = jnp.split(multiply(x, both, preferred_element_type=jnp.float32), 2, axis=1)
     return high + low
 
 

@@ -50,7 +50,7 @@ def test_bytes_by_hand(folder):
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="bfloat16")
     hidden, heads = 32, 16
     attention = 2 * hidden * (2 + 1 + 1 + 2) * heads + 2 * 2 * heads + 2 * 2 * hidden  # projections, QK norms, norms
-    dense, router, expert = 2 * 3 * 64 * hidden, 4 * 8 * hidden, 2 * 3 * 16 * hidden
+    dense, router, expert = 2 * 3 * 64 * hidden, 2 * 8 * hidden, 2 * 3 * 16 * hidden
     head_and_norm, embedded = 2 * 128 * hidden + 2 * hidden, 2 * 4 * hidden
     expected = 2 * attention + dense + router + 5 * expert + head_and_norm + embedded
     assert decode_step.weight_bytes_read(model, np.array([5]), batch_size=4) == expected
