@@ -112,10 +112,10 @@ def quantized_matmul(
 
 
 def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype) -> Tiling:
-    """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is always 128."""
+    """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256."""
     rows_per_expert = rows / experts
     if rows_per_expert <= 16:
-        tiling = Tiling(columns=128, heights=(16, 32), block_k=BLOCK)
+        tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= 48:
         tiling = Tiling(columns=128, heights=(16, 32, 64), block_k=BLOCK)
     else:
@@ -130,7 +130,7 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
 def _fits(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
     """Whether shared memory holds so many stages, with all of a tile's output and some barriers."""
     height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
-    stage = (height + weights) * BLOCK + 4 * _scales_of(height)
+    stage = (height + weights) * tiling.block_k + 4 * _scales_of(height) * (tiling.block_k // BLOCK)
     return stages * stage + height * tiling.columns * out_dtype.itemsize + 2048 <= SHARED_MEMORY_LIMIT
 
 
@@ -165,11 +165,17 @@ def _run(
     scales at the end `[rows and more]`, `[experts, parts, n and more]`."""
     rows, k = x.shape
     parts, n = w.shape[1:3]
-    k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, tiling.columns)
+    k_steps, column_tiles = pl.cdiv(k, tiling.block_k), pl.cdiv(n, tiling.columns)
     own_columns = tiling.columns // _CONSUMERS
     blocks, stages, max_height = own_columns // 64, tiling.stages, tiling.heights[-1]
+    promotions = tiling.block_k // BLOCK  # of a step
     scaled_at_the_end = w_scale.ndim == 3
+    scale_steps = 0 if scaled_at_the_end else promotions
     i32, f32 = jnp.int32, jnp.float32
+
+    def k_block(k_step, i):
+        """The i-th block of a step; past the end the last, which scales zeros."""
+        return lax.min(k_step * promotions + i, pl.cdiv(k, BLOCK) - 1)
 
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty):
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -184,7 +190,7 @@ def _run(
                 columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
 
                 def load(height, k_step, stage):
-                    ks, top = pl.ds(k_step * BLOCK, BLOCK), pl.ds(0, height)
+                    ks, top = pl.ds(k_step * tiling.block_k, tiling.block_k), pl.ds(0, height)
                     plgpu.copy_gmem_to_smem(
                         x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, top], full.at[stage]
                     )
@@ -192,9 +198,11 @@ def _run(
                         plgpu.copy_gmem_to_smem(
                             w_gmem.at[tile.expert, part, columns, ks], w_smem.at[stage, part], full.at[stage]
                         )
-                    if not scaled_at_the_end:
+                    for i in range(scale_steps):
                         plgpu.copy_gmem_to_smem(
-                            xs_gmem.at[k_step, pl.ds(first_row, height)], xs_smem.at[stage, top], full.at[stage]
+                            xs_gmem.at[k_block(k_step, i), pl.ds(first_row, height)],
+                            xs_smem.at[stage, i, top],
+                            full.at[stage],
                         )
 
                 return load
@@ -211,13 +219,16 @@ def _run(
                 first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
 
                 def weight_scales(k_step):
-                    """Of one step, a scalar for each of `whole`."""
+                    """Of one step, a scalar for each promotion of each of `whole`."""
                     if scaled_at_the_end:
                         return ()
                     last = ws_gmem.shape[2] - 1  # columns past n lie in no block
                     at = [lax.min(lax.div(first_column + block * 64, i32(BLOCK)), last) for block in range(blocks)]
-                    k_block = lax.min(k_step, k_steps - 1)
-                    return tuple(ws_gmem[tile.expert, part, at[block], k_block] for part, block in whole)
+                    return tuple(
+                        ws_gmem[tile.expert, part, at[block], k_block(k_step, i)]
+                        for i in range(promotions)
+                        for part, block in whole
+                    )
 
                 def along_rows(values, height):
                     return lax.broadcast_in_dim(values, (64, height), (1,))
@@ -229,25 +240,30 @@ def _run(
                         stage = lax.rem(count, i32(stages))
                         plgpu.barrier_wait(full.at[stage])
                         following = weight_scales(k_step + 1)
-                        of_rows = None
-                        if not scaled_at_the_end:
-                            own = xs_smem.at[stage, pl.ds(0, height)]
-                            of_rows = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                        new = []
-                        for i, (part, block) in enumerate(whole):
-                            weights = w_smem.at[stage, part, pl.ds(warpgroup * own_columns + block * 64, 64)]
+                        for promotion in range(promotions):
+                            ks = pl.ds(promotion * BLOCK, BLOCK)
+                            rows_smem, of_rows = x_smem.at[stage, pl.ds(0, height), ks], None
+                            if not scaled_at_the_end:
+                                own = xs_smem.at[stage, promotion, pl.ds(0, height)]
+                                of_rows = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                            new = []
+                            for i, (part, block) in enumerate(whole):
+                                columns = pl.ds(warpgroup * own_columns + block * 64, 64)
+                                weights = w_smem.at[stage, part, columns, ks]
 
-                            def one(accumulator, weights=weights):
-                                plgpu.wgmma(accumulator, weights, x_smem.at[stage, pl.ds(0, height)].T)
-                                return accumulator[...]
+                                def one(accumulator, weights=weights, rows_smem=rows_smem):
+                                    plgpu.wgmma(accumulator, weights, rows_smem.T)
+                                    return accumulator[...]
 
-                            product = pl.run_scoped(one, plgpu.ACC((64, height), f32))
-                            if i == len(whole) - 1:
-                                plgpu.barrier_arrive(empty.at[stage])
-                            if of_rows is not None:
-                                product = product * along_rows(of_rows * of_weights[i], height)
-                            new.append(sums[i] + product)
-                        return tuple(new), following
+                                product = pl.run_scoped(one, plgpu.ACC((64, height), f32))
+                                if (promotion, i) == (promotions - 1, len(whole) - 1):
+                                    plgpu.barrier_arrive(empty.at[stage])
+                                if of_rows is not None:
+                                    scale = of_weights[promotion * len(whole) + i]
+                                    product = product * along_rows(of_rows * scale, height)
+                                new.append(sums[i] + product)
+                            sums = new
+                        return tuple(sums), following
 
                     zeros = plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
                     start = (zeros,) * len(whole), weight_scales(i32(0))
@@ -296,11 +312,11 @@ def _run(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
         scratch_types=[
-            plgpu.SMEM((stages, max_height, BLOCK), FP8, transforms=operand_transforms(k, 1)),
-            plgpu.SMEM((stages, parts, tiling.columns, BLOCK), FP8, transforms=operand_transforms(k, 1)),
-            plgpu.SMEM((stages, _scales_of(max_height)), f32),
+            plgpu.SMEM((stages, max_height, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
+            plgpu.SMEM((stages, parts, tiling.columns, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
+            plgpu.SMEM((stages, promotions, _scales_of(max_height)), f32),
             plgpu.SMEM((_CONSUMERS, blocks, max_height, 64), out_dtype, transforms=out_transforms),
-            plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + parts + scale_steps, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
         ],
         grid=(num_ctas,),
