@@ -3,13 +3,17 @@
     python -m bench.grouped_gemm                     # all shapes and loads, below ten minutes
     python -m bench.grouped_gemm --quick             # the table's eleven shapes, one load
     python -m bench.grouped_gemm --shapes 'qwen3*' --loads one-hot --implementations ours torch
+    python -m bench.grouped_gemm --quantize fp8-block --loads balanced    # float8 operands, and float8 peers
 
 Times are medians of the sums of a call's kernel times (by CUPTI): whatever runs on the device counts, the schedule and
 the gather among it; `main` is the longest kernel alone, `stream` a call's time on the stream with all gaps (torch: in a
 CUDA graph). `floor` is the larger of operations / dense rate and needed bytes / copy rate (measured here), over time.
+With `--quantize` operands are quantised beforehand, scales are among the needed bytes, and results are checked against the
+product of the same float8 values.
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import os
 import time
@@ -26,10 +30,25 @@ from tqdm import tqdm
 
 from bench import roofline
 from bench.environment import environment, require_hopper, result_path
+from bench.operands import matrix_of, rows_of
 from bench.peers import Candidate, TorchProcess, jax_peers
-from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, PEERS, TRITON, Shape, failure
+from bench.roofline import (
+    DENSE,
+    GATED,
+    GATHER,
+    IMPLEMENTATIONS,
+    OURS,
+    PEERS,
+    QUANTIZATIONS,
+    QUANTIZED_IMPLEMENTATIONS,
+    SCALED_DENSE,
+    TRITON,
+    Shape,
+    failure,
+)
 from bench.timing import ceilings, normal, times
 from jax_epmoe import grouped_gemm
+from jax_epmoe.quant import BLOCK, FORMATS, QuantizedArray, quantize
 
 BACKEND = "hopper"
 
@@ -48,25 +67,31 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="PATTERN", help=f"shapes that match; all are: {names}")
     parser.add_argument("--loads", nargs="+", choices=roofline.LOADS)
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS)
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="the operands' format; default: bfloat16")
     parser.add_argument("--quick", action="store_true", help="the table's shapes, Dirichlet load, fewer peers' tiles")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start nothing after (560; quick: 150)")
     parser.add_argument("--jobs", type=int, default=6, help="functions to compile at a time")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
     shapes = roofline.SHAPES if args.shapes or not args.quick else roofline.TABLE_SHAPES
+    shapes = tuple(dataclasses.replace(shape, quantize=args.quantize) for shape in shapes)
     args.shapes = [s for s in shapes if any(fnmatch.fnmatch(s.name, p) for p in args.shapes or ["*"])]
     if not args.shapes:
         parser.error("--shapes: none matches")
     args.loads = args.loads or (roofline.LOADS[:1] if args.quick else roofline.LOADS)
-    default = [name for name in IMPLEMENTATIONS if not (args.quick and name == "ragged_dot")]
-    args.wanted = [name for key in args.implementations or default for name in IMPLEMENTATIONS[key]]
+    implementations = QUANTIZED_IMPLEMENTATIONS if args.quantize else IMPLEMENTATIONS
+    default = [name for name in implementations if not (args.quick and name == "ragged_dot")]
+    if bfloat16_only := [key for key in args.implementations or () if key not in implementations]:
+        parser.error(f"--implementations: {', '.join(bfloat16_only)} cannot be had with --quantize")
+    args.wanted = [name for key in args.implementations or default for name in implementations[key]]
     args.time_limit = args.time_limit or (150 if args.quick else 560)
-    args.output = args.output or result_path("grouped_gemm")
+    args.output = args.output or result_path("-".join(filter(None, ["grouped_gemm", args.quantize])))
     return args
 
 
 _transpose = jax.jit(lambda w: w.mT)
 _expert = jax.jit(lambda w, expert: w[expert])
+_quantize = jax.jit(quantize, static_argnums=1)
 
 
 class Inputs:
@@ -79,10 +104,17 @@ class Inputs:
         self.iterations = roofline.iterations(shape, len(self.rotation))
         self.index = roofline.row_index(shape.tokens, self.group_sizes)
         copies = range(len(self.rotation))
+        format = FORMATS[shape.quantize] if shape.quantize else None
+
+        def rows(seed: int, count: int) -> jax.Array | QuantizedArray:
+            x = normal(seed, (count, shape.k))
+            return _quantize(x, format.activations) if format else x
+
         w = normal(0, (shape.experts, shape.n, shape.k), shape.k**-0.5)
+        w = _quantize(w, format.weights) if format else w
         self.arrays: dict[str, list[Any]] = {
-            "x": [normal(2 * i + 1, (shape.rows, shape.k)) for i in copies],
-            "tokens": [normal(2 * i + 2, (shape.tokens, shape.k)) if shape.is_up else None for i in copies],
+            "x": [rows(2 * i + 1, shape.rows) for i in copies],
+            "tokens": [rows(2 * i + 2, shape.tokens) if shape.is_up else None for i in copies],
             "index": [jnp.asarray(self.index)] * len(copies),
             "sizes": [jnp.asarray(sizes) for sizes in self.rotation],
             "w": [w] * len(copies),
@@ -96,7 +128,7 @@ class Inputs:
         return list(zip(*(self.arrays[name] for name in candidate.arguments), strict=True))
 
     def work(self, name: str) -> roofline.Work:
-        if name == DENSE:
+        if name in (DENSE, SCALED_DENSE):
             return roofline.work(self.shape, np.array([self.shape.rows]))
         index = self.index if name == GATHER else None
         return roofline.work(self.shape, self.group_sizes, gated=name == GATED, index=index)
@@ -120,27 +152,40 @@ def _read(out: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=4)
-def _expected(x: jax.Array, w: jax.Array, experts: jax.Array, rows: jax.Array, gated: bool) -> jax.Array:
+def _expected(x: Any, w: Any, experts: jax.Array, rows: jax.Array, gated: bool) -> jax.Array:
     def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, index = sample
-        product = jnp.dot(x[index].astype(jnp.float32), w[expert].astype(jnp.float32).T, precision="highest")
+        product = jnp.dot(rows_of(x, index), matrix_of(w, expert).T, precision="highest")
         gate, up = jnp.split(product, 2, axis=1)
         return jax.nn.silu(gate) * up if gated else product
 
     return jax.lax.map(one, (experts, rows))  # [experts, rows, n]
 
 
+def multiply(
+    x: Any, w: Any, sizes: jax.Array, index: jax.Array | None = None, *, gated: bool = False, backend: str
+) -> Any:
+    """`grouped_gemm` of arrays, or of quantised ones; with `gated`, half of w's n is gate's and half up's."""
+    if gated:
+        w = jax.tree.map(lambda array: array.reshape(len(array), 2, array.shape[1] // 2, *array.shape[2:]), w)
+    options: dict[str, Any] = {"row_index": index, "activation": "silu" if gated else None, "backend": backend}
+    if isinstance(x, QuantizedArray):
+        return grouped_gemm(x.values, w.values, sizes, x_scale=x.scales, w_scale=w.scales, **options)
+    return grouped_gemm(x, w, sizes, **options)
+
+
 def ours(shape: Shape) -> list[Candidate]:
-    """Ours: plain; the same in Triton; the gated pair over the same weights; the plain product with its rows gathered."""
-    half = (shape.experts, 2, shape.n // 2, shape.k)
-    plain = partial(grouped_gemm, backend=BACKEND)
+    """Ours: plain; the same in Triton; the gated pair over the same weights; the plain product with its rows gathered.
+
+    Blocks of weights that gate and up would share leave the gated pair out.
+    """
+    plain = partial(multiply, backend=BACKEND)
     candidates = [Candidate(OURS, plain, ("x", "w", "sizes"))]
-    candidates.append(Candidate(TRITON, partial(grouped_gemm, backend="triton"), ("x", "w", "sizes")))
+    candidates.append(Candidate(TRITON, partial(multiply, backend="triton"), ("x", "w", "sizes")))
+    if shape.is_up and not (shape.quantize == "fp8-block" and shape.n % (2 * BLOCK)):
+        candidates.append(Candidate(GATED, partial(plain, gated=True), ("x", "w", "sizes")))
     if shape.is_up:
-        candidates += [
-            Candidate(GATED, lambda x, w, s: plain(x, w.reshape(half), s, activation="silu"), ("x", "w", "sizes")),
-            Candidate(GATHER, lambda x, w, s, i: plain(x, w, s, row_index=i), ("tokens", "w", "sizes", "index")),
-        ]
+        candidates.append(Candidate(GATHER, plain, ("tokens", "w", "sizes", "index")))
     return candidates
 
 
@@ -152,9 +197,9 @@ class Bench:
         self.deadline = time.monotonic() + args.time_limit
         self.compiled: dict[tuple[str, str, str], Any] = {}
         self.pool = ThreadPoolExecutor(args.jobs)
-        asked = [name for name in roofline.TORCH_PEERS if name in args.wanted]
+        asked = [name for name in (*roofline.TORCH_PEERS, SCALED_DENSE) if name in args.wanted]
         self.torch, self.torch_peers = TorchProcess() if asked else None, asked
-        self.result: dict[str, Any] = {"format": 1, **environment(), "cases": []}
+        self.result: dict[str, Any] = {"format": 1, **environment(), "quantize": args.quantize, "cases": []}
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -187,7 +232,9 @@ class Bench:
             roofline.try_plot(roofline.plot, self.result, self.args.output)
 
     def ceilings(self) -> dict[str, Any]:
-        return ceilings(self.torch.ask({"ceilings": True}) if self.torch else {"failed": "not asked for"})
+        quantized = self.args.quantize is not None
+        asked = {"ceilings": {"quantized": quantized}}
+        return ceilings(self.torch.ask(asked) if self.torch else {"failed": "not asked for"}, quantized=quantized)
 
     def case(self, shape: Shape, load: str) -> dict[str, Any]:
         """Times everything on one shape and load; its arrays are gone when this returns."""
@@ -206,7 +253,7 @@ class Bench:
             results[candidate.name] = min(seen, key=roofline.rank)
         rated = {
             name: roofline.rate(results[name], inputs.work(name), self.result["ceilings"])
-            for name in (OURS, GATED, GATHER, *PEERS, DENSE)
+            for name in (OURS, GATED, GATHER, *PEERS, DENSE, SCALED_DENSE)
             if name in results
         }
         return {
@@ -222,8 +269,14 @@ class Bench:
         if not self.torch:
             return {}
         sizes, shape = [each.tolist() for each in inputs.rotation], inputs.shape
-        request = {"sizes": sizes, "k": shape.k, "n": shape.n, "iterations": inputs.iterations}
-        answer = self.torch.ask({**request, "peers": self.torch_peers})
+        request = {
+            "sizes": sizes,
+            "k": shape.k,
+            "n": shape.n,
+            "iterations": inputs.iterations,
+            "peers": self.torch_peers,
+        }
+        answer = self.torch.ask({"products": {**request, "quantized": shape.quantize is not None}})
         return dict.fromkeys(self.torch_peers, answer) if "failed" in answer else answer
 
     def compile(self, inputs: Inputs, candidate: Candidate) -> Any:

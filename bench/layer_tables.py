@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.roofline import best_of, number, rank
+from bench.roofline import best_of, number, precision, rank
 
 OURS, WITH_SHARED = "ours", "ours with shared experts"
 TORCH_LAYER, VLLM, SGLANG = "torch layer", "vLLM fused", "SGLang fused"
 TORCH_PEERS = (TORCH_LAYER, VLLM, SGLANG)
-MOE_SCOPES = ("router", "plan", "gate_up", "down", "combine", "shared_experts")  # those of `EPMoE`
+MOE_SCOPES = ("router", "plan", "quantize", "gate_up", "down", "combine", "shared_experts")  # those of `EPMoE`
 OTHER = "other"  # in none of the scopes asked for
 PARTS = (*MOE_SCOPES, OTHER)
 TOLERANCE = 1e-2  # three roundings to bfloat16, where a product has one
@@ -138,6 +138,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(list(unique.values()), list(unique), loc="outside upper right")
     figure.supylabel("time / floor of EP8; figures: us", fontsize=10)
-    figure.suptitle(f"MoE layer, one rank of 8, bf16, {load} load, {result['device']}; black: the floor", fontsize=10)
+    figure.suptitle(
+        f"MoE layer, one rank of 8, {precision(result)}, {load} load, {result['device']}; black: the floor", fontsize=10
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

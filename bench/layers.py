@@ -14,6 +14,7 @@ import numpy as np
 from bench import roofline
 from jax_epmoe.config import MoEConfig
 from jax_epmoe.moe.experts import default_chunk_rows
+from jax_epmoe.quant import BLOCK
 from jax_epmoe.tune import MODELS as SIZES
 
 RANKS = 8
@@ -47,18 +48,25 @@ class Layout(NamedTuple):
 EP, TP, WHOLE = LAYOUTS = (Layout("EP8", RANKS, 1), Layout("TP8", 1, RANKS), Layout("EP1", 1, 1))
 
 
-def layouts(model: str) -> tuple[Layout, ...]:
-    """Those to measure: a rank of eight either way, and the whole layer of a model that one GPU holds."""
-    return (EP, TP) if model.startswith("deepseek") else (EP, TP, WHOLE)
+def layouts(model: str, quantize: str | None = None) -> tuple[Layout, ...]:
+    """Those to measure: a rank of eight either way, and the whole layer of a model that one GPU holds.
+
+    None that `EPMoE` refuses: ranks that would share blocks of an expert's weights.
+    """
+    found = (EP, TP) if model.startswith("deepseek") else (EP, TP, WHOLE)
+    if quantize != "fp8-block":
+        return found
+    return tuple(x for x in found if x.slices == 1 or MODELS[model].intermediate_size % (x.slices * BLOCK) == 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One rank's layer for a number of tokens."""
+    """One rank's layer for a number of tokens; `quantize`: the format of its experts, one of `roofline.QUANTIZATIONS`, or None."""
 
     model: str
     layout: Layout
     tokens: int
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +93,9 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        return _ELEMENT * 3 * self.experts * self.inner * self.config.hidden_size
+        up, down = (self.inner, self.config.hidden_size), (self.config.hidden_size, self.inner)
+        matrices = (roofline.operand_bytes(*shape, self.quantize, weights=True) for shape in (up, up, down))
+        return self.experts * sum(matrices)
 
     @property
     def expected_rows(self) -> int:
@@ -107,19 +117,23 @@ class Case:
         """What a rank's rows must take: both products, and combine, which reads their rows and writes `[T, H]` once.
 
         A product takes the larger of its operations at the dense rate and, at the copy rate, its bytes: tokens that have
-        rows, weights of experts that have rows, and the rows that it writes. Shared experts are not counted.
+        rows, weights of experts that have rows, and the rows that it writes. Shared experts are not counted,
+        nor is it counted that tokens are quantised.
         """
         hidden = self.config.hidden_size
         sizes = self.group_sizes(ids, rank)
         tokens = np.nonzero(ids // self.experts == rank)[0].astype(np.int32)
-        up = roofline.product_work(sizes, hidden, 2 * self.inner, gated=True, index=tokens)
-        down = roofline.product_work(sizes, self.inner, hidden)
+        up = roofline.product_work(
+            sizes, hidden, 2 * self.inner, gated=True, index=tokens, quantize=self.quantize, quantize_out=True
+        )
+        down = roofline.product_work(sizes, self.inner, hidden, quantize=self.quantize)
         combine = roofline.Work(0, _ELEMENT * hidden * (len(tokens) + self.tokens))
         return sum(work.floor_us(dense_tflops, copy_gbs) for work in (up, down, combine))
 
     def busiest_rank(self, ids: np.ndarray) -> int:
         """The expert-parallel rank with the highest floor, at an H100's rates: all others wait for it."""
-        floors = [self.floor_us(ids, rank, 800, 2940) for rank in range(self.layout.ep_size)]
+        dense_tflops = 1590 if self.quantize else 800
+        floors = [self.floor_us(ids, rank, dense_tflops, 2940) for rank in range(self.layout.ep_size)]
         return int(np.argmax(floors))
 
 

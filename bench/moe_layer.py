@@ -4,6 +4,7 @@
     python -m bench.moe_layer --add              # and goes on
     python -m bench.moe_layer --quick            # 8192 and 64 tokens, balanced
     python -m bench.moe_layer --models 'deepseek*' --tokens 8192 --loads balanced zipf
+    python -m bench.moe_layer --quantize fp8-block     # float8 experts
 
 A rank is one of 8: with EP8 it holds an eighth of the experts, whole, and only pairs of those are work; with TP8 an eighth
 of every expert. EP1 is the whole layer. The rank that has most to do is measured: all others wait for it. There is no
@@ -13,6 +14,9 @@ Times are those of a call's kernels, from a profile, and so are the parts, by na
 stream, gaps included. `floor` is that of both products and of combine, at rates measured here.
 Shared experts are measured in a second program, beside the routed ones. Peers are given the routing: `peers` is the time
 of the best over ours without the router.
+
+With `--quantize` experts are float8 (and shared ones bfloat16, which does not count), and so is torch's peer, with a scale a row.
+Numbers are checked against the same roundings to float8 in float32. The floor has the tokens quantised already.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from bench import layer_tables, layers, roofline, scopes
 from bench.environment import environment, require_hopper, result_path
 from bench.layer_tables import MOE_SCOPES, OURS, TORCH_PEERS, WITH_SHARED
 from bench.layers import LAYOUTS, LOADS, MODELS, TOKENS, Case, layouts
+from bench.operands import matrix_of, rows_of
 from bench.peers import TorchProcess
 from bench.roofline import failure
 from bench.timing import Rotation, ceilings, normal
@@ -47,8 +52,10 @@ from jax_epmoe.moe.experts import run_experts
 from jax_epmoe.moe.gated_mlp import GatedMLP
 from jax_epmoe.moe.plan import make_plan
 from jax_epmoe.moe.router import route
+from jax_epmoe.quant import FORMATS, Format, QuantizedWeights, quantize
 
 DTYPE = jnp.bfloat16
+FLOAT8_BACKEND = "hopper"  # by name, as long as no call without one is served by it
 _UNCACHED_BYTES = 200e6  # four times the L2
 
 
@@ -66,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--loads", nargs="+", choices=LOADS)
     parser.add_argument("--layouts", nargs="+", choices=[layout.name for layout in LAYOUTS], help="default: all")
+    parser.add_argument("--quantize", choices=roofline.QUANTIZATIONS, help="the experts' format; default: bfloat16")
     parser.add_argument("--quick", action="store_true", help="8192 and 64 tokens, balanced")
     parser.add_argument("--add", action="store_true", help="to what the output file holds; what it has is left out")
     parser.add_argument("--no-peers", action="store_true")
@@ -80,7 +88,11 @@ def _arguments() -> argparse.Namespace:
     args.tokens = args.tokens or ((8192, 64) if args.quick else TOKENS)
     args.loads = args.loads or (LOADS[:1] if args.quick else LOADS)
     args.time_limit = args.time_limit or (200 if args.quick else 450)
-    args.output = args.output or result_path("moe_layer")
+    args.output = args.output or result_path("-".join(filter(None, ["moe_layer", args.quantize])))
+    if args.add and args.output.exists():
+        before = json.loads(args.output.read_text()).get("quantize")
+        if before != args.quantize:
+            parser.error(f"--add: {args.output} holds results of --quantize {before}")
     return args
 
 
@@ -88,9 +100,11 @@ def rank_layer(case: Case, shared: nnx.GraphDef | None = None) -> Callable[..., 
     """What a rank of `EPMoE` runs (its `_on_device`, without the all-reduce), on one device.
 
     `(x [T, H], router, experts, first_expert, shared_state) -> [T, H]`, with `router` the weight `[E, H]` and the bias or
-    None, `experts` the rank's `[E / ranks, 2, I, H]` and `[E / ranks, H, I]`, `shared_state` of the shared experts, if any.
+    None, `experts` the rank's `[E / ranks, 2, I, H]` and `[E / ranks, H, I]`, arrays or `QuantizedWeights`, `shared_state` of the
+    shared experts, if any.
     """
     config = case.config
+    backend = FLOAT8_BACKEND if case.quantize else None
 
     def layer(x, router, experts, first_expert, shared_state):
         with jax.named_scope("router"):
@@ -102,7 +116,7 @@ def rank_layer(case: Case, shared: nnx.GraphDef | None = None) -> Callable[..., 
             with jax.named_scope("shared_experts"):
                 partial_sum = nnx.merge(shared, shared_state).partial_sum(x)
         return run_experts(
-            x, *experts, weights, plan, partial_sum, config.activation, None, case.chunk_rows, case.expected_rows
+            x, *experts, weights, plan, partial_sum, config.activation, backend, case.chunk_rows, case.expected_rows
         )
 
     return layer
@@ -115,10 +129,12 @@ class Weights:
         config = case.config
         copies = min(4, math.ceil(_UNCACHED_BYTES / case.weight_bytes))
         up, down = (case.experts, 2, case.inner, config.hidden_size), (case.experts, config.hidden_size, case.inner)
-        self.experts = [
-            (normal(2 * i, up, up[-1] ** -0.5).astype(DTYPE), normal(2 * i + 1, down, down[-1] ** -0.5).astype(DTYPE))
-            for i in range(copies)
-        ]
+
+        def weights(seed: int, shape: tuple[int, ...]) -> jax.Array | QuantizedWeights:
+            w = normal(seed, shape, shape[-1] ** -0.5)
+            return _quantize(w, FORMATS[case.quantize]) if case.quantize else w.astype(DTYPE)
+
+        self.experts = [(weights(2 * i, up), weights(2 * i + 1, down)) for i in range(copies)]
         # The first E numbers of a token are its logits, but for a little of all the others.
         identity = jnp.eye(config.num_experts, config.hidden_size)
         noise = 1e-3 * normal(9, (config.num_experts, config.hidden_size)).astype(jnp.float32)
@@ -155,17 +171,28 @@ def _route(x: jax.Array, router: tuple[jax.Array, jax.Array | None], config: MoE
     return route(x, *router, config)
 
 
+@partial(jax.jit, static_argnums=1)
+def _quantize(w: jax.Array, format: Format) -> QuantizedWeights:
+    return QuantizedWeights(quantize(w, format.weights), None, format)
+
+
 @jax.jit
 def _expected(x, weights, ids, experts, first_expert) -> jax.Array:
-    """The rank's part for a few tokens, `[S, H]`, in float32."""
+    """The rank's part for a few tokens, `[S, H]`, in float32; quantised where the layer quantises."""
     w_gate_up, w_down = experts
+    local_experts = len(jax.tree.leaves(w_down)[0])
+
+    def times(w: jax.Array | QuantizedWeights, at: Any, value: jax.Array) -> jax.Array:
+        if isinstance(w, QuantizedWeights):
+            quantized = w.quantize_input(value[None])
+            w, value = w.weights, rows_of(quantized, jnp.arange(1))[0]
+        return jnp.dot(matrix_of(w, at), value, precision="highest")
 
     def pair(choice: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         row, weight, expert = choice
-        local = jnp.clip(expert - first_expert, 0, len(w_down) - 1)
-        multiply = partial(jnp.dot, precision="highest")
-        gate, up = (multiply(w_gate_up[local, i].astype(jnp.float32), row) for i in range(2))
-        y = multiply(w_down[local].astype(jnp.float32), jax.nn.silu(gate) * up)
+        local = jnp.clip(expert - first_expert, 0, local_experts - 1)
+        gate, up = (times(w_gate_up, (local, i), row) for i in range(2))
+        y = times(w_down, local, jax.nn.silu(gate) * up)
         return jnp.where(local == expert - first_expert, weight * y, 0)
 
     top_k = ids.shape[1]
@@ -195,7 +222,8 @@ class Bench:
         self.deadline = time.monotonic() + args.time_limit
         self.pool = ThreadPoolExecutor(args.jobs)
         self.torch = None if args.no_peers else TorchProcess()
-        self.result: dict[str, Any] = {"format": 1, **environment(), "peer_versions": {}, "cases": []}
+        self.result: dict[str, Any] = {"format": 1, **environment(), "quantize": args.quantize}
+        self.result |= {"peer_versions": {}, "cases": []}
         if args.add and args.output.exists():
             self.result["cases"] = json.loads(args.output.read_text())["cases"]
 
@@ -222,22 +250,25 @@ class Bench:
             roofline.try_plot(layer_tables.plot, self.result, self.args.output)
 
     def ceilings(self) -> dict[str, Any]:
-        return ceilings(self.torch.ask({"ceilings": True}) if self.torch else {"failed": "not asked for"})
+        quantized = self.args.quantize is not None
+        asked = {"ceilings": {"quantized": quantized}}
+        return ceilings(self.torch.ask(asked) if self.torch else {"failed": "not asked for"}, quantized=quantized)
 
     def model(self, model: str) -> None:
         """All cases of one model that are to be measured; its weights are gone when this returns."""
         done = {(case["model"], case["layout"], case["tokens"], case["load"]) for case in self.result["cases"]}
         todo = [
-            (Case(model, layout, tokens), load)
+            (Case(model, layout, tokens, self.args.quantize), load)
             for tokens in self.args.tokens
             for load in self.args.loads
-            for layout in layouts(model)
+            for layout in layouts(model, self.args.quantize)
             if layout.name in (self.args.layouts or [layout.name])
             if (model, layout.name, tokens, load) not in done
         ]
         if not todo or time.monotonic() > self.deadline:
             return
-        weights = {layout: Weights(Case(model, layout, 1)) for layout in {case.layout for case, _ in todo}}
+        weights = {case.layout: case for case, _ in todo}
+        weights = {layout: Weights(case) for layout, case in weights.items()}
         compiled = cache(lambda case, with_shared: self.compile(case, weights[case.layout], with_shared))
         programs = [(case, self.has_shared(case, load)) for case, load in todo] + [(case, False) for case, _ in todo]
         list(self.pool.map(lambda program: compiled(*program), dict.fromkeys(programs)))
@@ -334,6 +365,7 @@ class Bench:
             "copies": copies,
             "iterations": iterations_of(case.tokens),
             "peers": TORCH_PEERS,
+            "quantized": case.quantize is not None,
         }
         answer = self.torch.ask({"layer": request})
         return dict.fromkeys(TORCH_PEERS, answer) if "failed" in answer else answer

@@ -3,9 +3,11 @@
 `python -m bench.peers` is that process: it reads one request a line from stdin and answers each with one line of JSON,
 so that neither framework disturbs the other's memory or profiler. A first line says what is installed.
 
-    {"ceilings": true}                                             -> {"dense_tflops": ..., "copy_gbs": ...}
-    {"sizes": [[...], ...], "k": ..., "n": ..., "iterations": ...} -> {"torch._grouped_mm": {...}, "DeepGEMM": {...}}
-    {"layer": {...}}, the arguments of `torch_layer.layer_case`    -> {"torch layer": {...}, ...}
+    {"ceilings": {"quantized": false}} -> {"dense_tflops": ..., "copy_gbs": ...}
+    {"products": {...}}                -> {"torch._grouped_mm": {...}, "DeepGEMM": {...}}
+    {"layer": {...}}                   -> {"torch layer": {...}, ...}
+
+What is asked is a function of `torch_products` or `torch_layer`, with its arguments.
 """
 
 import contextlib
@@ -13,7 +15,6 @@ import importlib
 import json
 import os
 import queue
-import statistics
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,11 +23,8 @@ from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from bench import roofline, torch_layer
-from bench.roofline import DEEPGEMM, MGPU, RAGGED_DOT, TOKAMAX, TORCH, Shape, failure, version
-from bench.torch_timing import graph_us, torch_times
+from bench import torch_layer, torch_products
+from bench.roofline import MGPU, RAGGED_DOT, TOKAMAX, Shape, failure, version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -197,107 +195,13 @@ def main() -> None:
 
 
 def _torch_answer(request: dict[str, Any]) -> dict[str, Any]:
-    if "ceilings" in request:
-        return _torch_ceilings()
-    return torch_layer.layer_case(**request["layer"]) if "layer" in request else _torch_case(**request)
-
-
-def _torch_ceilings() -> dict[str, float]:
-    import torch
-
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    product_us = statistics.median(graph_us([lambda: torch.mm(a, b)], 10))
-    copy_us = statistics.median(graph_us([lambda: target.copy_(source)], 10))
-    return {"dense_tflops": 2 * 8192**3 / product_us * 1e-6, "copy_gbs": 2 * source.nbytes / copy_us * 1e-3}
-
-
-def _torch_case(sizes: list[list[int]], k: int, n: int, iterations: int, peers: list[str]) -> dict[str, Any]:
-    """Times torch's peers on one case; `sizes` are those of consecutive runs."""
-    import torch
-
-    torch.manual_seed(0)
-    w = torch.randn(len(sizes[0]), n, k, device="cuda", dtype=torch.bfloat16).mul_(k**-0.5)
-    xs = [torch.randn(sum(each), k, device="cuda", dtype=torch.bfloat16) for each in sizes]
-    results: dict[str, Any] = {}
-    for name in peers:
-        try:
-            prepared = {TORCH: _grouped_mm, DEEPGEMM: _deep_gemm}[name](xs, w, sizes)
-            error = _torch_error(prepared.read, xs[0], w, np.array(sizes[0]))
-            results[name] = {**torch_times(prepared.calls, iterations), "error": error, "config": prepared.config}
-        except Exception as problem:
-            results[name] = failure(problem)
-            torch.cuda.synchronize()  # raises, and so ends the process, if the device is lost
-    return results
-
-
-class Prepared(NamedTuple):
-    """What to time, in turn; and the first call's output with the rows as they were given."""
-
-    calls: Sequence[Callable[[], Any]]
-    read: Callable[[], Any]
-    config: str = ""
-
-
-def _grouped_mm(xs: list[Any], w: Any, sizes: list[list[int]]) -> Prepared:
-    """Offsets are made beforehand: to the peer's advantage."""
-    import torch
-
-    ends = [torch.tensor(np.cumsum(each), device="cuda", dtype=torch.int32) for each in sizes]
-    calls = [partial(torch._grouped_mm, x, w.mT, offs=end) for x, end in zip(xs, ends, strict=True)]
-    return Prepared(calls, calls[0])
-
-
-def _deep_gemm(xs: list[Any], w: Any, sizes: list[list[int]]) -> Prepared:
-    """Its contiguous layout: each group padded to a multiple of 128 rows beforehand, to the peer's advantage."""
-    deep_gemm = importlib.import_module("deep_gemm")
-    alignment = getattr(deep_gemm, "get_mk_alignment_for_contiguous_layout", lambda: 128)()
-    calls, places = [], []
-    for x, each in zip(xs, sizes, strict=True):
-        x_padded, layout, place = _padded(x, np.array(each), alignment)
-        out = x.new_full((len(x_padded), w.shape[1]), float("nan"))
-        calls.append(partial(_call_deep_gemm, deep_gemm, x_padded, w, out, layout))
-        places.append(place)
-    return Prepared(calls, lambda: calls[0]()[places[0]], f"rows padded to {len(x_padded)}")
-
-
-def _padded(x: Any, sizes: np.ndarray, alignment: int) -> tuple[Any, Any, Any]:
-    """Rows with each group padded, which expert each padded row belongs to (-1: none), and where the rows went."""
-    import torch
-
-    spaces = -(-sizes // alignment) * alignment
-    shift = np.repeat(np.cumsum(spaces) - spaces - (np.cumsum(sizes) - sizes), sizes)
-    place = torch.tensor(np.arange(len(x)) + shift, device="cuda")
-    expert = torch.tensor(np.repeat(np.arange(len(sizes)), sizes), device="cuda", dtype=torch.int32)
-    x_padded = x.new_zeros(int(spaces.sum()), x.shape[1])
-    x_padded[place] = x
-    layout = torch.full((len(x_padded),), -1, device="cuda", dtype=torch.int32)
-    layout[place] = expert
-    return x_padded, layout, place
-
-
-def _call_deep_gemm(deep_gemm: Any, x: Any, w: Any, out: Any, layout: Any) -> Any:
-    deep_gemm.m_grouped_bf16_gemm_nt_contiguous(x, w, out, layout)
-    return out
-
-
-def _torch_error(read: Callable[[], Any], x: Any, w: Any, sizes: np.ndarray) -> float:
-    """Of sampled rows against float32, by norms. Memory that the output may get holds NaN before."""
-    import torch
-
-    poison = torch.full((len(x), w.shape[1]), float("nan"), device="cuda", dtype=x.dtype)
-    del poison
-    out = read()
-    if bool(torch.isnan(out).any()):
-        raise RuntimeError("there is NaN in its output")
-    difference = reference = 0.0
-    for expert, rows in zip(*roofline.samples(sizes), strict=True):
-        index = torch.tensor(rows, device="cuda", dtype=torch.int64)
-        expected = (x[index].float() @ w[int(expert)].float().T).double()
-        difference += float((out[index].double() - expected).square().sum())
-        reference += float(expected.square().sum())
-    return (difference / reference) ** 0.5
+    ((what, arguments),) = request.items()
+    answers = {
+        "ceilings": torch_products.ceilings,
+        "products": torch_products.products_case,
+        "layer": torch_layer.layer_case,
+    }
+    return answers[what](**arguments)
 
 
 if __name__ == "__main__":

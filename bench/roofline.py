@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOADS = ("dirichlet", "balanced", "one-hot")
+QUANTIZATIONS = ("fp8-block", "fp8-channel")  # those of `jax_epmoe.quant.FORMATS` that are measured
 OURS, GATED, GATHER, DENSE = "ours", "ours gated", "ours gather", "dense (jnp.dot)"
 TORCH, DEEPGEMM, MGPU, TOKAMAX, RAGGED_DOT, TRITON = (
     "torch._grouped_mm", "DeepGEMM", "jax ragged_dot_mgpu", "tokamax", "lax.ragged_dot", "ours in Triton",
 )  # fmt: skip
-TORCH_PEERS = (TORCH, DEEPGEMM)
+# Both have a scale a row and a column, whatever the format of ours; the second leaves sums to the tensor cores' few bits.
+SCALED, SCALED_FAST, SCALED_DENSE = "torch._scaled_grouped_mm", "torch scaled, fast sums", "dense (torch._scaled_mm)"
+TORCH_PEERS = (TORCH, DEEPGEMM, SCALED, SCALED_FAST)
 PEERS = (*TORCH_PEERS, MGPU, TOKAMAX, RAGGED_DOT, TRITON)
 # What the command line calls them.
 IMPLEMENTATIONS = {
@@ -32,9 +35,17 @@ IMPLEMENTATIONS = {
     "triton": (TRITON,),
     "dense": (DENSE,),
 }
+QUANTIZED_IMPLEMENTATIONS = {
+    "ours": (OURS, GATED, GATHER),
+    "torch": (SCALED, SCALED_FAST),
+    "deepgemm": (DEEPGEMM,),
+    "triton": (TRITON,),
+    "dense": (SCALED_DENSE,),
+}
 
 TOLERANCE = 5e-3
 _ELEMENT = 2  # bytes, bfloat16
+_BLOCK = 128  # values that share a scale, along k and, of weights, along n
 _UNCACHED_BYTES = 200e6  # four times the L2
 
 
@@ -51,22 +62,25 @@ MODELS = {
     "qwen3-30b": Model(2048, 768, 128, Fraction(8)),  # Qwen3-30B-A3B on one GPU
     "mixtral": Model(4096, 14336, 8, Fraction(2)),  # Mixtral 8x7B on one GPU
     "olmoe": Model(2048, 1024, 64, Fraction(8)),  # OLMoE-1B-7B on one GPU
+    "v3-4": Model(7168, 2048, 4, Fraction(1)),  # 4 experts of DeepSeek-V3, of which DeepGEMM publishes figures
 }
 # Model, tokens, projections. The first eleven shapes are those of the table that the project measures itself by.
 _TABLE = (
     ("coder-ep8", 8192, "up down"), ("coder-ep8", 32768, "up"), ("coder-tp8", 8192, "up down"),
     ("qwen3-30b", 8192, "up down"), ("mixtral", 8192, "up"), ("coder-ep8", 256, "up"), ("qwen3-30b", 64, "up down"),
 )  # fmt: skip
+_LARGE = (("v3-4", 32768, "up down"),)
 _DECODE = tuple((model, tokens, "up down") for model in ("coder-ep8", "qwen3-30b", "olmoe") for tokens in (16, 64, 256))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` rows over `experts` groups, k -> n; n counts gate and up together."""
+    """`rows` rows over `experts` groups, k -> n; n counts gate and up together; `quantize`: one of `QUANTIZATIONS`, or None."""
 
     model: str
     tokens: int
     projection: str
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
@@ -107,7 +121,7 @@ def _shapes(entries: Iterable[tuple[str, int, str]]) -> tuple[Shape, ...]:
 
 
 TABLE_SHAPES = _shapes(_TABLE)
-SHAPES = tuple(dict.fromkeys(TABLE_SHAPES + _shapes(_DECODE)))
+SHAPES = tuple(dict.fromkeys(TABLE_SHAPES + _shapes(_LARGE + _DECODE)))
 
 
 def group_sizes(load: str, rows: int, experts: int) -> np.ndarray:
@@ -146,19 +160,41 @@ class Work(NamedTuple):
 
 def work(shape: Shape, sizes: np.ndarray, *, gated: bool = False, index: np.ndarray | None = None) -> Work:
     """`product_work` of a shape."""
-    return product_work(sizes, shape.k, shape.n, gated=gated, index=index)
+    return product_work(sizes, shape.k, shape.n, gated=gated, index=index, quantize=shape.quantize)
 
 
-def product_work(sizes: np.ndarray, k: int, n: int, *, gated: bool = False, index: np.ndarray | None = None) -> Work:
+def product_work(
+    sizes: np.ndarray,
+    k: int,
+    n: int,
+    *,
+    gated: bool = False,
+    index: np.ndarray | None = None,
+    quantize: str | None = None,
+    quantize_out: bool = False,
+) -> Work:
     """Counts the weights of experts that have rows, and with `index` the tokens that some row is a copy of.
+
+    `quantize`: the format of both operands, and with `quantize_out` of the output; otherwise bfloat16.
 
     Example: sizes (3, 0, 1), k 16, n 8: 2 * 4 * 16 * 8 = 1024 operations, 2 * (4*16 + 2*8*16 + 4*8) = 704 bytes.
     """
     rows, used = int(sizes.sum()), int(np.count_nonzero(sizes))
     x_rows, index_bytes = (rows, 0) if index is None else (len(np.unique(index)), index.nbytes)
     out_columns = n // 2 if gated else n
-    elements = x_rows * k + used * n * k + rows * out_columns
-    return Work(2 * rows * n * k, _ELEMENT * elements + index_bytes)
+    x_bytes, w_bytes = operand_bytes(x_rows, k, quantize), used * operand_bytes(n, k, quantize, weights=True)
+    out_bytes = operand_bytes(rows, out_columns, quantize if quantize_out else None)
+    return Work(2 * rows * n * k, x_bytes + w_bytes + out_bytes + index_bytes)
+
+
+def operand_bytes(rows: int, k: int, quantize: str | None, *, weights: bool = False) -> int:
+    """Of `[rows, k]` activations, or of an expert's weights (their rows are its output channels), scales included."""
+    if quantize is None:
+        return _ELEMENT * rows * k
+    scales = rows
+    if quantize == "fp8-block":
+        scales = -(-rows // (_BLOCK if weights else 1)) * -(-k // _BLOCK)
+    return rows * k + 4 * scales
 
 
 def rotation(shape: Shape, sizes: np.ndarray) -> list[np.ndarray]:
@@ -247,8 +283,13 @@ def head(result: dict[str, Any]) -> str:
     ceilings = result["ceilings"]
     return (
         f"{result['device']}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n"
-        f"ceilings: {ceilings['dense_tflops']:.0f} TFLOP/s dense bf16, {ceilings['copy_gbs']:.0f} GB/s copied"
+        f"{precision(result)}; ceilings: {ceilings['dense_tflops']:.0f} TFLOP/s dense, {ceilings['copy_gbs']:.0f} GB/s copied"
     )
+
+
+def precision(result: dict[str, Any]) -> str:
+    """Of a run's weights: their format, or bf16."""
+    return result.get("quantize") or "bf16"
 
 
 def case_table(case: dict[str, Any]) -> str:
@@ -257,15 +298,15 @@ def case_table(case: dict[str, Any]) -> str:
     lines = [
         f"{case['shape']}, {case['load']}: {case['rows']} rows, {case['experts']} experts of "
         f"{min(sizes)}-{max(sizes)}, {case['k']} -> {case['n']}",
-        f"  {'':20}{'device us':>10}{'main':>9}{'stream':>9}{'TFLOP/s':>9}{'GB/s':>7}{'floor':>7}{'error':>9}  ",
+        f"  {'':26}{'device us':>10}{'main':>9}{'stream':>9}{'TFLOP/s':>9}{'GB/s':>7}{'floor':>7}{'error':>9}  ",
     ]
     for name, result in case["results"].items():
         if "failed" in result:
-            lines.append(f"  {name:20}{result['failed']}")
+            lines.append(f"  {name:26}{result['failed']}")
             continue
         wrong = "" if result["error"] < TOLERANCE else "  WRONG"
         lines.append(
-            f"  {name:20}{result['device_us']:10.1f}{number(result['main_us'], 9)}{number(result['stream_us'], 9)}"
+            f"  {name:26}{result['device_us']:10.1f}{number(result['main_us'], 9)}{number(result['stream_us'], 9)}"
             f"{result['tflops']:9.1f}{result['gbs']:7.0f}{result['share']:7.0%}{result['error']:9.1e}"
             f"  {result.get('config') or ''}{wrong}"
         )
@@ -346,7 +387,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.text(1.02, 1, "\n".join(names), transform=axes.transAxes, fontsize=7, va="top", family="monospace")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
     roof = f"{dense:.0f} TFLOP/s dense, {copy:.0f} GB/s copied"
-    axes.set_title(f"Grouped GEMM, bf16, {load} load, {result['device']}: {roof}", fontsize=10, loc="left")
+    axes.set_title(
+        f"Grouped GEMM, {precision(result)}, {load} load, {result['device']}: {roof}", fontsize=10, loc="left"
+    )
     axes.grid(alpha=0.3, which="both")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from bench.roofline import failure
+from jax_epmoe.quant import FP8
 from jax_epmoe.tune import Rotation, normal
 
 
@@ -60,14 +61,15 @@ def _kernel_us(
     }
 
 
-def ceilings(torch: dict[str, Any]) -> dict[str, Any]:
-    """The dense bf16 rate (TFLOP/s) and the copy rate (GB/s, read and written): the better of JAX's and torch's.
-
-    `torch`: its process's answer, `{"dense_tflops": ..., "copy_gbs": ...}` or `{"failed": why}`.
-    """
-    a, b = (normal(i, (8192, 8192)) for i in range(2))
+def ceilings(torch: dict[str, Any], *, quantized: bool = False) -> dict[str, Any]:
+    """The dense rate (TFLOP/s; of float8 operands if `quantized`, or else of bfloat16) and the copy rate (GB/s, read and
+    written): the better of JAX's and torch's, whose process's answer is `torch`, `{"failed": why}` if there is none."""
+    a, b = (normal(i, (8192, 8192)).astype(FP8 if quantized else jnp.bfloat16) for i in range(2))
     big = normal(2, (2**29,))
-    dense = times(jax.jit(jnp.dot).lower(a, b).compile(), [(a, b)], 21)["device_us"]
+    product = jax.jit(
+        lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+    )
+    dense = times(product.lower(a, b).compile(), [(a, b)], 21)["device_us"]
     copy = times(jax.jit(jnp.negative).lower(big).compile(), [(big,)], 11)["device_us"]
     seen = {"jax": {"dense_tflops": 2 * 8192**3 / dense * 1e-6, "copy_gbs": 2 * big.nbytes / copy * 1e-3}}
     if "failed" not in torch:

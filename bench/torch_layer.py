@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from bench.layer_tables import SGLANG, TORCH_LAYER, VLLM
 from bench.roofline import failure
+from bench.torch_products import Quantized, quantize
 from bench.torch_timing import torch_times
 
 
 class Rank(NamedTuple):
     """One rank's tensors: `x [T, H]`, `ids [T, k]` int32, `weights [T, k]` float32; one of the copies of the experts' weights,
-    `w_gate_up [E of the rank, 2 * I, H]` and `w_down [E of the rank, H, I]`."""
+    `w_gate_up [E of the rank, 2 * I, H]` and `w_down [E of the rank, H, I]`, tensors or `Quantized` with a scale a row."""
 
     x: Any
     ids: Any
@@ -26,7 +27,11 @@ class Rank(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return len(self.w_down)
+        return len(self.w_down.values if self.quantized else self.w_down)
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.w_down, Quantized)
 
 
 def layer_case(
@@ -39,9 +44,10 @@ def layer_case(
     copies: int,
     iterations: int,
     peers: list[str],
+    quantized: bool = False,
     device: str = "cuda",
 ) -> dict[str, Any]:
-    """Checks and times each peer; `copies` of the weights are used in turn."""
+    """Checks and times each peer; `copies` of the weights are used in turn. `quantized`: float8 weights, with a scale a row."""
     import torch
 
     torch.manual_seed(0)
@@ -50,14 +56,18 @@ def layer_case(
     def normal(*shape: int, scale: float = 1.0) -> Any:
         return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(scale)
 
+    def matrices(*shape: int) -> Any:
+        w = normal(*shape, scale=shape[-1] ** -0.5)
+        return quantize(w, 1, None) if quantized else w
+
     x, weights = normal(len(ids), hidden), torch.rand(chosen.shape, device=device)
     ranks = [
         Rank(
             x,
             chosen,
             weights,
-            normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
-            normal(experts, hidden, inner, scale=inner**-0.5),
+            matrices(experts, 2 * inner, hidden),
+            matrices(experts, hidden, inner),
             first_expert,
             all_experts,
         )
@@ -77,12 +87,13 @@ def layer_case(
 
 def _grouped_mm_layer(rank: Rank) -> Callable[[], Any]:
     """`torch._grouped_mm` over gathered rows, and a gather back to the tokens; how many rows there are is known beforehand, to
-    the peer's advantage. What lies between the products is compiled."""
+    the peer's advantage. What lies between the products is compiled. Quantised: `torch._scaled_grouped_mm`, sums by the tensor
+    cores alone; tokens are quantised before they are gathered."""
     import torch
 
     local = rank.ids - rank.first_expert
     rows = int(((local >= 0) & (local < rank.experts)).sum())
-    top_k, inner = rank.ids.shape[1], rank.w_down.shape[2]
+    top_k = rank.ids.shape[1]
     numbers = torch.arange(rank.ids.numel(), device=rank.x.device)
     experts = torch.arange(rank.experts, device=rank.x.device, dtype=torch.int32)
 
@@ -93,9 +104,18 @@ def _grouped_mm_layer(rank: Rank) -> Callable[[], Any]:
         ends = torch.searchsorted(key, experts, right=True).int()
         row_of_pair = torch.empty_like(order)
         row_of_pair[order] = numbers
-        gathered = rank.x.index_select(0, order[:rows] // top_k)
-        gate_up = torch._grouped_mm(gathered, rank.w_gate_up.mT, offs=ends)
-        y = torch._grouped_mm(_activate(gate_up, inner), rank.w_down.mT, offs=ends)
+        source = order[:rows] // top_k
+        if rank.quantized:
+            values, scales = _quantize_rows(rank.x)
+            gathered = (
+                values.view(torch.uint8).index_select(0, source).view(values.dtype),
+                scales.index_select(0, source),
+            )
+            gate_up = _scaled_grouped_mm(*gathered, rank.w_gate_up, ends)
+            y = _scaled_grouped_mm(*_activate_and_quantize(gate_up), rank.w_down, ends)
+        else:
+            gate_up = torch._grouped_mm(rank.x.index_select(0, source), rank.w_gate_up.mT, offs=ends)
+            y = torch._grouped_mm(_activate(gate_up), rank.w_down.mT, offs=ends)
         return _combine(y, row_of_pair.view(rank.ids.shape).clamp(max=rows - 1), rank.weights * is_local)
 
     return layer
@@ -120,11 +140,39 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@_compiled
-def _activate(gate_up: Any, inner: int) -> Any:
+def _scaled_grouped_mm(x: Any, scales: Any, w: Quantized, ends: Any) -> Any:
     import torch
 
-    return torch.nn.functional.silu(gate_up[:, :inner].float()).mul(gate_up[:, inner:]).to(gate_up.dtype)
+    options = {"offs": ends, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_grouped_mm(x, w.values.mT, scales, w.scales[..., 0], **options)
+
+
+def _gated(gate_up: Any) -> Any:
+    import torch
+
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate.float()).mul(up)
+
+
+def _rounded_rows(x: Any) -> tuple[Any, Any]:
+    """`x [rows, k]` in float8, and the scales `[rows]`."""
+    rounded = quantize(x, 1, None)
+    return rounded.values, rounded.scales[:, 0]
+
+
+@_compiled
+def _activate(gate_up: Any) -> Any:
+    return _gated(gate_up).to(gate_up.dtype)
+
+
+@_compiled
+def _activate_and_quantize(gate_up: Any) -> tuple[Any, Any]:
+    return _rounded_rows(_gated(gate_up))
+
+
+@_compiled
+def _quantize_rows(x: Any) -> tuple[Any, Any]:
+    return _rounded_rows(x)
 
 
 @_compiled
@@ -135,6 +183,7 @@ def _combine(y: Any, rows: Any, weights: Any) -> Any:
 def _vllm_layer(rank: Rank) -> Callable[[], Any]:
     import torch
 
+    _refuse_quantized(rank)
     fused_experts = importlib.import_module("vllm.model_executor.layers.fused_moe").fused_experts
     place = torch.full((rank.all_experts,), -1, dtype=torch.int32, device=rank.x.device)
     place[rank.first_expert : rank.first_expert + rank.experts] = torch.arange(rank.experts, dtype=torch.int32)
@@ -143,10 +192,16 @@ def _vllm_layer(rank: Rank) -> Callable[[], Any]:
 
 
 def _sglang_layer(rank: Rank) -> Callable[[], Any]:
+    _refuse_quantized(rank)
     module = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.fused_moe")
     if rank.experts < rank.all_experts:
         raise NotImplementedError("skipped: measured where the rank has a part of every expert")
     return lambda: module.fused_experts_impl(rank.x, rank.w_gate_up, rank.w_down, rank.weights, rank.ids, inplace=False)
+
+
+def _refuse_quantized(rank: Rank) -> None:
+    if rank.quantized:
+        raise NotImplementedError("skipped: measured in bfloat16 only")
 
 
 MAKERS: dict[str, Callable[[Rank], Callable[[], Any]]] = {
@@ -157,8 +212,14 @@ MAKERS: dict[str, Callable[[Rank], Callable[[], Any]]] = {
 
 
 def _error(out: Any, rank: Rank, count: int = 8) -> float:
-    """Of a few tokens against float32, by norms; NaN if there is one anywhere in the output."""
+    """Of a few tokens against float32, by norms; NaN if there is one anywhere in the output.
+
+    A quantised layer against one that rounds what goes into the products as it does.
+    """
     import torch
+
+    def rounded(x: Any) -> Any:
+        return quantize(x, 1, None)[torch.zeros(1, dtype=torch.int64, device=x.device)] if rank.quantized else x.float()
 
     if bool(torch.isnan(out).any()):
         return float("nan")
@@ -167,12 +228,12 @@ def _error(out: Any, rank: Rank, count: int = 8) -> float:
     own = torch.nonzero(is_local.any(dim=1))[:, 0]
     difference = reference = 0.0
     for token in own[torch.linspace(0, len(own) - 1, count).long().to(own.device)].tolist():
-        expected = torch.zeros(out.shape[1], device=out.device)
+        x, expected = rounded(rank.x[token][None]), torch.zeros(out.shape[1], device=out.device)
         for choice in torch.nonzero(is_local[token])[:, 0].tolist():
             expert = int(local[token, choice])
-            gate, up = (rank.w_gate_up[expert].float() @ rank.x[token].float()).chunk(2)
-            hidden = torch.nn.functional.silu(gate) * up
-            expected += rank.weights[token, choice] * (rank.w_down[expert].float() @ hidden)
+            gate_up = x @ rank.w_gate_up[expert].float().T
+            hidden = rounded(_gated(gate_up.to(rank.x.dtype))) if rank.quantized else _gated(gate_up)
+            expected += rank.weights[token, choice] * (hidden @ rank.w_down[expert].float().T)[0]
         difference += float((out[token].float() - expected).square().sum())
         reference += float(expected.square().sum())
     return (difference / reference) ** 0.5

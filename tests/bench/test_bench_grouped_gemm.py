@@ -1,5 +1,6 @@
 """The grouped GEMM's benchmark as a program, on the CPU: the definition stands in for the Hopper kernel."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,20 @@ import numpy as np
 import pytest
 
 from bench import grouped_gemm, peers, roofline, timing
-from bench.roofline import DENSE, GATED, GATHER, IMPLEMENTATIONS, OURS, RAGGED_DOT, TORCH, Shape
+from bench.roofline import (
+    DENSE,
+    GATED,
+    GATHER,
+    IMPLEMENTATIONS,
+    OURS,
+    QUANTIZATIONS,
+    QUANTIZED_IMPLEMENTATIONS,
+    RAGGED_DOT,
+    SCALED,
+    SCALED_FAST,
+    TORCH,
+    Shape,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +62,8 @@ def test_arguments_choose_shapes_loads_and_implementations(monkeypatch):
     assert (quick.shapes, quick.loads) == (list(roofline.TABLE_SHAPES), ("dirichlet",))
     assert RAGGED_DOT not in quick.wanted
     whole = arguments_of(monkeypatch)
-    assert (len(whole.shapes), whole.loads) == (26, roofline.LOADS)
+    assert (len(whole.shapes), whole.loads) == (28, roofline.LOADS)
+    assert whole.output.name == "grouped_gemm_cpu.json"
     some = arguments_of(
         monkeypatch, "--shapes", "olmoe-*-up", "--loads", "one-hot", "--implementations", "ours", "torch"
     )
@@ -56,6 +71,18 @@ def test_arguments_choose_shapes_loads_and_implementations(monkeypatch):
     assert (some.loads, some.wanted) == (["one-hot"], [OURS, GATED, GATHER, TORCH])
     with pytest.raises(SystemExit):
         arguments_of(monkeypatch, "--shapes", "gpt*")
+
+
+def test_quantised_runs_have_shapes_peers_and_a_file_of_their_own(monkeypatch, capsys):
+    args = arguments_of(monkeypatch, "--quantize", "fp8-block", "--shapes", "v3*", "--implementations", "ours", "torch")
+    assert [(shape.name, shape.quantize) for shape in args.shapes] == [
+        ("v3-4-32768-up", "fp8-block"), ("v3-4-32768-down", "fp8-block"),
+    ]  # fmt: skip
+    assert args.wanted == [OURS, GATED, GATHER, SCALED, SCALED_FAST]
+    assert args.output.name == "grouped_gemm-fp8-block_cpu.json"
+    with pytest.raises(SystemExit):
+        arguments_of(monkeypatch, "--quantize", "fp8-block", "--implementations", "ours", "tokamax", "mgpu")
+    assert "--implementations: tokamax, mgpu cannot be had with --quantize" in capsys.readouterr().err
 
 
 def test_a_run_writes_right_numbers_and_says_what_failed(tiny, monkeypatch, tmp_path, capsys):
@@ -85,6 +112,40 @@ def test_a_run_writes_right_numbers_and_says_what_failed(tiny, monkeypatch, tmp_
     assert f"wrote {output}" in printed.splitlines()[-1]
 
 
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
+    monkeypatch.setitem(roofline.MODELS, "tiny", roofline.Model(384, 128, 4, 2))
+    output = tmp_path / "result.json"
+    args = arguments_of(monkeypatch, "--quantize", quantize, "--loads", "dirichlet", "--output", str(output))
+    args.shapes = [Shape("tiny", 16, projection, quantize) for projection in ("up", "down")]
+    bench = grouped_gemm.Bench(args)
+    try:
+        bench.run()
+    finally:
+        bench.close()
+    result = json.loads(output.read_text())
+    assert result["quantize"] == quantize
+    wanted = {name for names in QUANTIZED_IMPLEMENTATIONS.values() for name in names}
+    for case, names in zip(result["cases"], ((OURS, GATED, GATHER), (OURS,)), strict=True):
+        assert set(case["results"]) == wanted - {GATED, GATHER} | set(names)
+        for name in names:
+            # float8 activations that were not those of the product checked against would be 2.6e-2 off
+            assert case["results"][name]["error"] < roofline.TOLERANCE, (case["shape"], name)
+            assert case["results"][name]["device_us"] > 0
+        assert case["results"][SCALED]["failed"]
+    up = result["cases"][0]
+    sizes, scales = np.array(up["group_sizes"]), {"fp8-block": (3, 2 * 3), "fp8-channel": (1, 256)}[quantize]
+    weights = np.count_nonzero(sizes) * (256 * 384 + 4 * scales[1])
+    assert up["results"][OURS]["bytes"] == 32 * (384 + 4 * scales[0]) + weights + 2 * 32 * 256
+    assert f"{quantize}; ceilings" in capsys.readouterr().out
+
+
+def test_blocks_that_gate_and_up_would_share_leave_the_pair_out():
+    for quantize, names in (("fp8-block", [GATHER]), ("fp8-channel", [GATED, GATHER])):
+        candidates = grouped_gemm.ours(Shape("coder-tp8", 8192, "up", quantize))
+        assert [candidate.name for candidate in candidates][2:] == names
+
+
 def test_past_the_time_limit_it_starts_nothing(tiny, monkeypatch, tmp_path, capsys):
     args = arguments_of(
         monkeypatch, "--implementations", "ours", "--time-limit", "-1", "--output", str(tmp_path / "r.json")
@@ -92,7 +153,17 @@ def test_past_the_time_limit_it_starts_nothing(tiny, monkeypatch, tmp_path, caps
     bench = grouped_gemm.Bench(args)
     bench.run()
     bench.close()
-    assert "78 of 78 cases left out" in capsys.readouterr().out
+    assert "84 of 84 cases left out" in capsys.readouterr().out
+
+
+def test_a_wrong_scale_is_seen(tiny):
+    inputs = grouped_gemm.Inputs(Shape("tiny", 16, "up", "fp8-channel"), "dirichlet", set())
+
+    def shifted(x, w, sizes):
+        return grouped_gemm.multiply(dataclasses.replace(x, scales=jnp.roll(x.scales, 1)), w, sizes, backend="xla")
+
+    candidate = peers.Candidate(OURS, shifted, ("x", "w", "sizes"))
+    assert inputs.error(candidate, shifted(*inputs.of(candidate)[0])) > 0.1
 
 
 def test_a_wrong_output_is_seen(tiny, monkeypatch):
@@ -122,7 +193,7 @@ def test_a_process_that_dies_leaves_a_line(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     process = peers.TorchProcess()
     process.connect()
-    assert process.ask({"ceilings": True}) == {"failed": "torch's process ended with status 1"}
+    assert process.ask({"ceilings": {"quantized": False}}) == {"failed": "torch's process ended with status 1"}
     process.close()
 
 

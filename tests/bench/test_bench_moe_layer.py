@@ -1,5 +1,6 @@
 """The layer's benchmark as a program, on the CPU, at tiny sizes."""
 
+import dataclasses
 import json
 import sys
 
@@ -14,6 +15,7 @@ import jax_epmoe as ep
 from bench import layer_tables, layers, moe_layer
 from bench.layer_tables import OURS, TORCH_PEERS, WITH_SHARED
 from bench.layers import EP, TP, WHOLE, Case
+from bench.roofline import QUANTIZATIONS
 from jax_epmoe.moe import layer as epmoe
 
 CONFIG = ep.MoEConfig(64, 32, 16, 2, norm_topk_prob=True, n_group=4, topk_group=2, shared_intermediate_size=32)
@@ -133,6 +135,29 @@ def test_a_second_run_adds_what_the_first_left_out(tiny, monkeypatch, tmp_path):
     both = run(arguments_of(monkeypatch, *common, "--loads", "zipf", "worst", "--add")).result["cases"]
     assert both[:2] == first
     assert [(case["layout"], case["load"]) for case in both[2:]] == [("EP8", "worst"), ("TP8", "worst")]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
+    monkeypatch.setitem(layers.MODELS, "deepseek-tiny", dataclasses.replace(CONFIG, intermediate_size=128))
+    monkeypatch.setattr(moe_layer, "FLOAT8_BACKEND", "xla")
+    output = tmp_path / "result.json"
+    common = ("--models", "*tiny", "--tokens", "64", "--output", str(output), "--quantize")
+    run(arguments_of(monkeypatch, *common, quantize, "--loads", "zipf"))
+    result = json.loads(output.read_text())
+    assert result["quantize"] == quantize
+    assert [case["layout"] for case in result["cases"]] == {
+        "fp8-block": ["EP8"], "fp8-channel": ["EP8", "TP8"],
+    }[quantize]  # fmt: skip
+    for case in result["cases"]:
+        ours = case["results"][OURS]
+        assert ours["error"] < layer_tables.TOLERANCE, (case["layout"], ours["error"])
+        assert {"router", "plan", "quantize", "gate_up", "down", "combine"} <= set(ours["parts"])
+    printed = capsys.readouterr()
+    assert f"{quantize}; ceilings" in printed.out
+    with pytest.raises(SystemExit):
+        arguments_of(monkeypatch, *common, "fp8-channel" if quantize == "fp8-block" else "fp8-block", "--add")
+    assert f"holds results of --quantize {quantize}" in capsys.readouterr().err
 
 
 def test_past_the_time_limit_it_starts_nothing(tiny, monkeypatch, tmp_path, capsys):

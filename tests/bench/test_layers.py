@@ -1,5 +1,7 @@
 """What the layer's benchmark asks of a rank: loads, and floors checked by hand and against those that the project aims at."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,24 @@ def test_a_floor_by_hand(tiny):
     flops = 2 * 3 * 8 * 32 + 2 * 3 * 16 * 8
     assert tiny.floor_us(ids, 1, dense_tflops=1e-3, copy_gbs=1e9) == pytest.approx(flops / 1e3)
     assert Case("tiny", EP, 4).busiest_rank(ids) == 1
+
+
+def test_a_quantised_floor_by_hand(tiny):
+    case = dataclasses.replace(tiny, quantize="fp8-channel")
+    ids = np.array([[2, 3], [0, 15], [4, 2], [7, 8]])
+    assert case.weight_bytes == 2 * (3 * 16 * 8 + 4 * (16 + 16 + 8))
+    up = (
+        2 * (8 + 4) + 2 * (32 * 8 + 4 * 32) + 3 * (16 + 4) + 4 * 3
+    )  # tokens, weights, hidden, each with scales; the index
+    down = 3 * (16 + 4) + 2 * (8 * 16 + 4 * 8) + 2 * 3 * 8
+    combine = 2 * (3 * 8 + 4 * 8)
+    assert case.floor_us(ids, 1, dense_tflops=1e9, copy_gbs=1) == pytest.approx((up + down + combine) / 1e3)
+
+
+def test_layouts_that_cut_blocks_are_left_out():
+    assert layers.layouts("qwen3-30b-a3b", "fp8-channel") == (EP, TP, WHOLE)
+    assert layers.layouts("qwen3-30b-a3b", "fp8-block") == (EP, WHOLE)  # 768 / 8 = 96
+    assert layers.layouts("deepseek-v3", "fp8-block") == (EP, TP)  # 2048 / 8 = 256
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the grouped GEMM's benchmark counts, draws and shows, with results made up."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,21 @@ def test_work_counts_used_experts_once(tiny):
     assert gathered.bytes == 2 * (2 * 16 + 2 * 8 * 16 + 4 * 8) + 4 * 4
 
 
+@pytest.mark.parametrize(
+    ("quantize", "x_scales", "w_scales"),
+    [("fp8-block", 2 * 2, 2 * 2), ("fp8-channel", 2, 200)],
+    ids=["block", "channel"],
+)
+def test_quantised_work_counts_scales(quantize, x_scales, w_scales):
+    sizes = np.array([2, 0], np.int32)
+    todo = roofline.product_work(sizes, 192, 200, quantize=quantize)
+    w_bytes = 192 * 200 + 4 * w_scales
+    assert todo == Work(flops=2 * 2 * 192 * 200, bytes=2 * 192 + 4 * x_scales + w_bytes + 2 * 2 * 200)
+    quantized_out = roofline.product_work(sizes, 192, 200, gated=True, quantize=quantize, quantize_out=True)
+    assert quantized_out.bytes == 2 * 192 + 4 * x_scales + w_bytes + 2 * 100 + 4 * 2  # 100 columns: one scale a row
+    assert roofline.product_work(sizes, 192, 200, quantize_out=True) == roofline.product_work(sizes, 192, 200)
+
+
 def test_floor_is_the_larger_of_the_two_times():
     assert Work(flops=8 * 10**8, bytes=3 * 10**6).floor_us(800, 3000) == pytest.approx(1.0)
     assert Work(flops=16 * 10**8, bytes=3 * 10**6).floor_us(800, 3000) == pytest.approx(2.0)
@@ -74,7 +90,7 @@ def test_shapes_are_those_of_the_models():
         (49152, 160, 5120, 384), (49152, 160, 192, 5120), (65536, 128, 2048, 1536), (65536, 128, 768, 2048),
         (16384, 8, 4096, 28672), (192, 20, 5120, 3072), (512, 128, 2048, 1536), (512, 128, 768, 2048),
     ]  # fmt: skip
-    assert len({shape.name for shape in SHAPES}) == len(SHAPES) == 26
+    assert len({shape.name for shape in SHAPES}) == len(SHAPES) == 28
     assert Shape("coder-ep8", 16, "up").rows == 12
     assert Shape("olmoe", 256, "down").rows == 2048
 
@@ -110,8 +126,10 @@ def test_an_experts_tokens_rise_and_repeat_only_if_they_must():
 
 
 @pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("quantize", [None, "fp8-block"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_runs_in_turn_do_not_fit_the_l2(shape, load):
+def test_runs_in_turn_do_not_fit_the_l2(shape, quantize, load):
+    shape = dataclasses.replace(shape, quantize=quantize)
     sizes = roofline.group_sizes(load, shape.rows, shape.experts)
     turns = roofline.rotation(shape, sizes)
     np.testing.assert_array_equal(turns[0], sizes)
@@ -156,7 +174,7 @@ def test_tables_say_what_is_wrong_missing_and_faster():
         RAGGED_DOT: {"failed": "not installed: x"},
     }
     case = make_case(SHAPES[0], "balanced", results)
-    lines = {line[2:22].strip(): line for line in roofline.case_table(case).splitlines()}
+    lines = {line[2:28].strip(): line for line in roofline.case_table(case).splitlines()}
     assert lines[MGPU].endswith("64x64  WRONG")
     assert lines[RAGGED_DOT].endswith("not installed: x")
     assert "644.2" in lines[OURS]  # 2 * 6144 * 5120 * 3072 / 300 us
