@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_epmoe import grouped_gemm
+from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
 from jax_epmoe.quant import QuantizedArray, dequantize, quantize, scale_shape
 
 TOKENS, EXPERTS, N, K = 21, 4, 200, 300  # neither is a multiple of 128
@@ -105,6 +106,16 @@ def test_static_output_scales_are_each_expert_s_own():
     np.testing.assert_array_equal(out.scales[: SIZES.sum()], of_row)
     want = quantize(exact[: SIZES.sum()], "token", jnp.asarray(of_row))
     np.testing.assert_array_equal(out.values[: SIZES.sum()].view(jnp.uint8), want.values.view(jnp.uint8))
+
+
+def test_no_scale_depends_on_rows_past_the_groups():
+    out = jax.random.normal(jax.random.key(0), (32, 200))
+    dirty = out.at[27:].set(jnp.array([jnp.nan, jnp.inf, 1e30, -1e30, 1])[:, None])
+    for granularity in ("tensor", "token", "group"):
+        expected, got = (
+            quantize_rows(each, jnp.asarray(SIZES), granularity, None) for each in (out.at[27:].set(0), dirty)
+        )
+        np.testing.assert_array_equal(dequantize(got)[:27], dequantize(expected)[:27])
 
 
 def test_no_rows_give_no_output():

@@ -78,7 +78,12 @@ def quantized_matmul(
 def quantize_rows(
     out: jax.Array, group_sizes: jax.Array, granularity: Granularity, out_scale: jax.Array | None
 ) -> QuantizedArray:
-    """`out [rows, n]` float32 quantised; by `out_scale [experts]`, each expert's rows by its own, or else by its values."""
+    """`out [rows, n]` float32 quantised; by `out_scale [experts]`, each expert's rows by its own, or else by its values.
+
+    Rows past the groups may hold anything: no row's scale depends on them.
+    """
+    if granularity == "tensor" and out_scale is None:
+        out = jnp.where(jnp.arange(out.shape[0])[:, None] < jnp.sum(group_sizes), out, 0)
     if out_scale is None:
         return quantize(out, granularity)
     return quantize(out, "token", jnp.repeat(out_scale, group_sizes, total_repeat_length=out.shape[0]))
