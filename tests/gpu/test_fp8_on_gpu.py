@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu.test_grouped_gemm_on_gpu import load_sizes
+from kernels.float8_cases import KINDS
 
 from jax_epmoe.kernels import device
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference
 from jax_epmoe.quant import dequantize, quantize
 
 pytestmark = pytest.mark.skipif(not device.on_hopper(), reason="needs a Hopper GPU")
-
-KINDS = {"block": ("group", "block"), "channel": ("token", "channel"), "tensor": ("tensor", "tensor")}
 
 
 def make_case(kinds, rows, experts, k, n, gated, load):

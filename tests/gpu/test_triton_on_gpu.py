@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu.test_fp8_on_gpu import make_case as make_float8_case
 from gpu.test_grouped_gemm_on_gpu import make_case, poison_past_the_sum, sampled_error
+from kernels.float8_cases import KINDS
 from kernels.grouped_gemm_suite import GroupedGemmSuite
 
 from jax_epmoe import grouped_gemm
-from jax_epmoe.kernels.grouped_gemm import triton
+from jax_epmoe.kernels.grouped_gemm import reference, triton
+from jax_epmoe.quant import dequantize, quantize
 
 installed = all(map(importlib.util.find_spec, ("triton", "jax_triton")))
 pytestmark = pytest.mark.skipif(
@@ -93,3 +96,46 @@ def test_both_gradients_of_a_gate_at_a_real_size(dtype):
     ):
         got, expected = (np.asarray(gradient, np.float64) for gradient in (got, expected))
         assert np.linalg.norm(got - expected) < limit * np.linalg.norm(expected)
+
+
+@pytest.mark.skipif(
+    triton.compute_capability() < 89, reason="needs float8 tensor cores: compute capability 8.9 or newer"
+)
+@pytest.mark.parametrize("load", ["uneven", "one", "half"])
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(
+    ("rows", "experts", "k", "n", "gated"),
+    [
+        (6144, 20, 5120, 1536, True),
+        (2048, 16, 1536, 1280, False),
+        (192, 20, 5120, 512, True),
+        (96, 32, 400, 136, False),
+    ],
+)
+def test_float8_is_the_definition_in_every_format(kinds, rows, experts, k, n, gated, load):
+    x, w, sizes = make_float8_case(kinds, rows, experts, k, n, gated, load)
+    index = jax.random.permutation(jax.random.key(3), rows).astype(jnp.int32)
+    options = {"row_index": index, "activation": "silu" if gated else None}
+    options |= {"x_scale": x.scales, "w_scale": w.scales}
+    jnp.full((rows, n), jnp.nan, jnp.bfloat16).block_until_ready().delete()  # memory that the output may get
+    valid = int(sizes.sum())
+    for out_dtype, tolerance in ((jnp.bfloat16, 5e-3), (jnp.float32, 1e-3)):  # tensor cores add with fewer than 24 bits
+        multiply = jax.jit(lambda x, w, s, d=out_dtype: grouped_gemm(x, w, s, out_dtype=d, backend="triton", **options))
+        out, again = (multiply(x.values, w.values, sizes)[:valid] for _ in range(2))
+        expected = reference.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.float32, **options)[:valid]
+        assert jnp.linalg.norm(out.astype(jnp.float32) - expected) < tolerance * jnp.linalg.norm(expected)
+        assert bool(jnp.all(out == again)), "the same input gave other bits"
+
+
+@pytest.mark.skipif(
+    triton.compute_capability() < 89, reason="needs float8 tensor cores: compute capability 8.9 or newer"
+)
+def test_a_long_sum_of_float8_is_not_truncated():
+    """All products positive: what tensor cores lose, they lose downwards."""
+    x, w, sizes = make_float8_case(KINDS["tensor"], 256, 2, 4096, 256, False, "uneven")
+    x, w = (quantize(jnp.abs(dequantize(a)), "tensor") for a in (x, w))
+    options = {"x_scale": x.scales, "w_scale": w.scales, "out_dtype": jnp.float32}
+    out = grouped_gemm(x.values, w.values, sizes, backend="triton", **options)
+    expected = reference.quantized_matmul(x.values, w.values, sizes, **options)
+    valid = int(sizes.sum())
+    assert abs(float(jnp.sum(out[:valid]) / jnp.sum(expected[:valid])) - 1) < 2e-3

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernels.float8_cases import KINDS, make_inputs, run
 
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, tuning
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
-from jax_epmoe.quant import FP8, dequantize, quantize, scale_shape
+from jax_epmoe.quant import FP8, dequantize, scale_shape
 
-KINDS = {"block": ("group", "block"), "channel": ("token", "channel"), "tensor": ("tensor", "tensor")}
 LOW = Tiling(columns=128, heights=(16, 64), block_k=128, stages=2)
 CASES = {
     "blocks": {},
@@ -40,20 +40,6 @@ def pretend_hopper(monkeypatch):
     reset_gpu_interpret_mode_state()
     yield
     reset_gpu_interpret_mode_state()
-
-
-def make_inputs(kinds=KINDS["block"], gated=False, sizes=(37, 0, 70, 5), rows=128, k=288, n=136, gather=None, **_):
-    rng = np.random.default_rng(0)
-    shape = (len(sizes), 2, n, k) if gated else (len(sizes), n, k)
-    x = rng.normal(size=(gather or rows, k)) * np.exp(rng.normal(size=(gather or rows, 1)))
-    w = rng.normal(size=shape) * np.exp(rng.normal(size=shape[: len(shape) - 2]))[..., None, None] / np.sqrt(k)
-    x, w = (quantize(jnp.asarray(a, jnp.float32), kind) for a, kind in zip((x, w), kinds, strict=True))
-    index = jnp.asarray(rng.integers(0, gather, rows), jnp.int32) if gather else None
-    return x, w, jnp.array(sizes, jnp.int32), index
-
-
-def run(matmul, x, w, sizes, **options):
-    return matmul(x.values, w.values, sizes, x_scale=x.scales, w_scale=w.scales, **options)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -137,14 +137,6 @@ def test_a_gradient_is_refused_in_one_line(wrt):
     assert "\n" not in str(error.value)
 
 
-def test_only_backends_that_can_are_asked():
-    x, w, row_index = operands("block", False)
-    with pytest.raises(
-        NotImplementedError, match=r"^backend 'triton' does not multiply quantised operands; xla, hopper do"
-    ):
-        run(x, w, row_index, backend="triton")
-
-
 @pytest.mark.parametrize(
     ("change", "line"),
     [

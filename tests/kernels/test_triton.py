@@ -9,11 +9,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from kernels import triton_interpreter
+from kernels.float8_cases import KINDS, make_inputs, run
 from kernels.grouped_gemm_suite import GroupedGemmSuite
 
-from jax_epmoe.kernels.grouped_gemm import grouped_gemm, triton
+from jax_epmoe.kernels.grouped_gemm import grouped_gemm, reference, triton
+from jax_epmoe.quant import dequantize
 
 needs_triton = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("triton", "jax_triton"))), reason="triton and jax-triton are not installed"
@@ -62,6 +65,65 @@ def test_it_is_asked_before_the_definition_in_both_directions(backend, asked, mo
     assert len(calls) == asked
 
 
+@needs_triton
+@pytest.mark.usefixtures("interpreted")
+class TestFloat8:
+    """Against the definition; sizes that no tile divides, and a scale of its own for each row, expert and half."""
+
+    @pytest.fixture(autouse=True)
+    def pretend_ada(self, interpreted, monkeypatch):
+        monkeypatch.setattr(triton, "compute_capability", lambda: 89)
+
+    @pytest.mark.parametrize("gather", [None, 19], ids=["rows", "gather"])
+    @pytest.mark.parametrize("activation", [None, "silu"])
+    @pytest.mark.parametrize("x_kind", reference.X_KINDS)
+    @pytest.mark.parametrize("w_kind", reference.W_KINDS)
+    def test_it_computes_the_definition_whatever_the_scales(self, w_kind, x_kind, activation, gather):
+        x, w, sizes, index = make_inputs(
+            (x_kind, w_kind), gated=activation is not None, sizes=(37, 0, 30, 5), rows=80, gather=gather
+        )
+        options = {"row_index": index, "activation": activation, "out_dtype": jnp.float32}
+        out, expected = (
+            np.asarray(run(module.quantized_matmul, x, w, sizes, **options), np.float64)
+            for module in (triton, reference)
+        )
+        assert np.linalg.norm(out[:72] - expected[:72]) < 1e-6 * np.linalg.norm(expected[:72])
+        assert np.isnan(out[72:]).all(), "rows of no group were written"
+
+    def test_a_bias_is_added_to_what_was_scaled(self):
+        x, w, sizes, _ = make_inputs(KINDS["channel"], sizes=(20, 3), rows=23)
+        bias = jax.random.normal(jax.random.key(0), (2, 136))
+        options = {"bias": bias, "out_dtype": jnp.bfloat16}
+        out, expected = (
+            np.asarray(run(module.quantized_matmul, x, w, sizes, **options), np.float64)
+            for module in (triton, reference)
+        )
+        assert np.linalg.norm(out - expected) < 5e-3 * np.linalg.norm(expected)
+
+    @pytest.mark.parametrize("out_scale", [None, jnp.array([0.01, 0.02, 0.03])], ids=["dynamic", "static"])
+    @pytest.mark.parametrize("granularity", ["group", "token", "tensor"])
+    def test_the_output_is_quantised_from_its_float32_values(self, granularity, out_scale):
+        if out_scale is not None and granularity != "tensor":
+            pytest.skip("static scales are of tensors")
+        x, w, sizes, _ = make_inputs(gated=True, sizes=(20, 8, 30), rows=64)
+        options = {"activation": "silu", "out_dtype": jnp.bfloat16, "quantize_out": granularity, "out_scale": out_scale}
+        got, expected = (run(module.quantized_matmul, x, w, sizes, **options) for module in (triton, reference))
+        assert got.granularity == expected.granularity
+        values, scales = (dequantize(each)[:58] for each in (got, expected)), (got.scales, expected.scales)
+        np.testing.assert_allclose(*(each if each.ndim == 0 else each[..., :58] for each in scales), rtol=1e-5)
+        got, expected = values
+        assert np.mean(np.abs(got - expected) > 1e-3 * np.abs(expected)) < 1e-3
+
+    @pytest.mark.parametrize(("backend", "asked"), [(None, 1), ("triton", 1), ("xla", 0)])
+    def test_it_is_asked_before_the_definition(self, backend, asked, monkeypatch):
+        calls = []
+        function = triton.quantized_matmul
+        monkeypatch.setattr(triton, "quantized_matmul", lambda *a, **kw: calls.append(a) or function(*a, **kw))
+        x, w, sizes, _ = make_inputs(sizes=(3, 2), rows=8)
+        run(grouped_gemm, x, w, sizes, backend=backend)
+        assert len(calls) == asked
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """Every tile that may be chosen, with and without a gate, for three GPUs, as jax-triton lowers it."""
@@ -84,6 +146,17 @@ def test_every_tile_compiles_for_its_gpu_and_fits_it(kernels):
 
 
 @needs_triton
+def test_float8_is_multiplied_as_float8_where_tensor_cores_take_it(kernels):
+    """Hopper's take it in tiles of 64 rows and more; lower ones are multiplied as float16, which holds every product."""
+    of_float8 = [kernel for kernel in kernels if "fp8" in kernel["case"]]
+    assert {kernel["capability"] for kernel in of_float8} == {89, 90}
+    for kernel in of_float8:
+        rows = int(kernel["case"].split()[0])
+        assert kernel["float8"] == (kernel["capability"] == 89 or rows >= 384), kernel
+    assert not any(kernel["float8"] for kernel in kernels if "fp8" not in kernel["case"])
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("capability", "rows", "experts", "columns", "dtype", "tile"),
     [
@@ -93,6 +166,8 @@ def test_every_tile_compiles_for_its_gpu_and_fits_it(kernels):
         (90, 512, 128, 1536, "bfloat16", (16, 128, 64)),
         (90, 768, 20, 5120, "bfloat16", (64, 128, 64)),
         (90, 6144, 20, 3072, "float32", (64, 64, 32)),
+        (90, 6144, 20, 3072, "float8_e4m3fn", (128, 128, 128)),
+        (89, 512, 128, 1536, "float8_e4m3fn", (16, 128, 128)),
     ],
 )
 def test_tiles_follow_the_rows_of_an_expert_and_the_shared_memory(capability, rows, experts, columns, dtype, tile):
@@ -123,6 +198,25 @@ def test_what_it_cannot_serve_it_leaves_to_the_next(change, capability, reason, 
         triton.matmul(**arguments)
     with pytest.raises(NotImplementedError, match=r"^grouped_gemm's triton backend: "):
         triton.outer(X, X.astype(jnp.float32), SIZES, out_dtype=X.dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "reason"),
+    [
+        ({}, 80, "the device is not an NVIDIA GPU of compute capability 8.9 or newer"),
+        ({"out_dtype": jnp.float8_e4m3fn}, 89, "dtypes .* are not bfloat16, float16 or float32"),
+        ({}, 89, "jax-triton cannot be used: .*jax_triton.*"),
+    ],
+    ids=["Ampere", "out_dtype", "no jax-triton"],
+)
+def test_float8_that_it_cannot_serve_it_leaves_to_the_next(change, capability, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    monkeypatch.setattr(triton, "compute_capability", lambda: capability)
+    x, w, sizes, _ = make_inputs(sizes=(3, 2), rows=8)
+    with pytest.raises(NotImplementedError, match=f"^grouped_gemm's triton backend: {reason}$"):
+        run(triton.quantized_matmul, x, w, sizes, **{"out_dtype": jnp.bfloat16} | change)
+    if not change:
+        assert run(grouped_gemm, x, w, sizes).shape == (8, 136)  # by the definition
 
 
 def test_no_gpu_is_no_nvidia_gpu():

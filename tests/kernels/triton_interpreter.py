@@ -52,7 +52,7 @@ def make_module() -> types.ModuleType:
     from triton.runtime import interpreter
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        a, b = (_to_float32(operand.data, operand.dtype == tl.bfloat16) for operand in (a, b))
+        a, b = (_to_float32(operand.data, operand.dtype) for operand in (a, b))
         return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
 
     def cast(self, source, target):
@@ -77,5 +77,6 @@ def make_module() -> types.ModuleType:
     return module
 
 
-def _to_float32(data: np.ndarray, is_bfloat16: bool) -> np.ndarray:
-    return (data.astype(np.uint32) << 16).view(np.float32) if is_bfloat16 else data.astype(np.float32)
+def _to_float32(data: np.ndarray, dtype: Any) -> np.ndarray:
+    stored_as_integers = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn}
+    return data.view(stored_as_integers.get(dtype.scalar.name, data.dtype)).astype(np.float32)

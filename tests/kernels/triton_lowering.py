@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib import gpu_triton
 
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm, triton
+from jax_epmoe.quant import FORMATS, FP8, scale_shape
 
 # What makes the backend choose each of its tiles: rows of 8 experts, columns of w.
 SIZES = ((64, 256), (192, 256), (384, 256), (4096, 128), (4096, 256))
@@ -37,6 +38,7 @@ class Kernel:
     registers: int = 0
     spilled: int = 0  # bytes
     tensor_cores: bool = False
+    float8: bool = False  # on tensor cores
 
 
 class Recorder:
@@ -48,6 +50,7 @@ class Recorder:
 
     def add(self, name, num_warps, num_ctas, shared, ptx, ttir, capability):
         kernel = Kernel(self.case, capability, name, num_warps, shared, tensor_cores="mma" in ptx)
+        kernel.float8 = bool(re.search(r"mma\S*\.e4m3\.e4m3", ptx))
         self.kernels.append((kernel, ptx))
 
     def install(self) -> None:
@@ -69,6 +72,18 @@ def shapes(rows, columns, dtype, gated, experts=8, k=256):
     return *arrays, jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
 
+def float8(x, w, x_scale, w_scale, sizes, index):
+    """All that there is; its output goes on to the second product."""
+    options = {"row_index": index, "activation": "silu", "quantize_out": "group", "backend": "triton"}
+    return grouped_gemm(x, w, sizes, x_scale=x_scale, w_scale=w_scale, **options).values
+
+
+def float8_shapes(rows, columns, weights, activations):
+    x, w, _, sizes, index = shapes(rows, columns, FP8, gated=True, k=400)
+    scales = (scale_shape(array.shape, kind) for array, kind in ((x, activations), (w, weights)))
+    return x, w, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in scales), sizes, index
+
+
 def gated_loss(x, w, bias, sizes, index):
     return jnp.sum(
         grouped_gemm(x, w, sizes, row_index=index, bias=bias, activation="gelu_pytorch_tanh", backend="triton")
@@ -88,6 +103,12 @@ def lower_all(recorder: Recorder) -> None:
     for rows, columns in SIZES:
         for capability in CAPABILITIES:
             lower_as(f"{rows} rows", capability, both, *shapes(rows, columns, "bfloat16", gated=True))
+    for rows, columns in SIZES:
+        for capability in CAPABILITIES[1:]:
+            for name in ("fp8-block", "fp8-channel", "fp8-tensor"):
+                format = FORMATS[name]
+                arrays = float8_shapes(rows, columns, format.weights, format.activations)
+                lower_as(f"{rows} rows, {name}", capability, float8, *arrays)
     for rows in (64, 4096):
         lower_as(f"{rows} rows, float32", 89, both, *shapes(rows, 256, "float32", gated=True))
     lower_as("odd sizes", 89, plain, *shapes(29, 7, "float16", gated=False, experts=3, k=13))
@@ -97,6 +118,7 @@ def lower_all(recorder: Recorder) -> None:
     lower_as("sharded", 89, sharded, *shapes(4096, 256, "float16", gated=False))
     for capability in (100, 120):
         lower_as("newer", capability, both, *shapes(4096, 256, "bfloat16", gated=True))
+        lower_as("newer, fp8", capability, float8, *float8_shapes(4096, 256, "block", "group"))
 
 
 def assemble(ptxas: str, kernel: Kernel, ptx: str) -> Kernel:

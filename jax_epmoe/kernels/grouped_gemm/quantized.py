@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_epmoe.config import require
-from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference
+from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, triton
 from jax_epmoe.quant import FP8, Granularity, QuantizedArray, quantize, scale_shape
 
-# In order of preference; a backend is a module with `quantized_matmul`. Hopper's has not run on a GPU yet: by name only.
-BACKENDS = {"xla": reference, "hopper": hopper_fp8}
+# In order of preference; a backend is a module with `quantized_matmul`. Hopper's has not run on a GPU yet: it is last, by name only.
+BACKENDS = {"triton": triton, "xla": reference, "hopper": hopper_fp8}
 OUTPUTS = ("tensor", "token", "group")
 
 
@@ -58,8 +58,6 @@ def quantized_gemm(
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
 def _multiply(x, w, group_sizes, scales, row_index, bias, activation, quantize_out, out_dtype, backend, expected_rows):
     x_scale, w_scale, out_scale = scales
-    if backend is not None and backend not in BACKENDS:
-        raise NotImplementedError(f"backend {backend!r} does not multiply quantised operands; {', '.join(BACKENDS)} do")
     for module in (BACKENDS[backend],) if backend else BACKENDS.values():
         try:
             return module.quantized_matmul(

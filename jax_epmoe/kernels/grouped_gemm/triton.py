@@ -1,4 +1,5 @@
-"""The grouped products in Triton, through jax-triton: for NVIDIA GPUs since Ampere, among them those without Hopper's kernel.
+"""The grouped products in Triton, through jax-triton: for NVIDIA GPUs since Ampere, float8 since Ada, among them those without
+Hopper's kernel.
 
 One program makes one tile and finds its expert in `group_sizes` by itself, so a call is one kernel, gather, bias and gate
 included. The grid is as large as any group sizes may need; surplus programs exit at once. Nothing is added atomically.
@@ -13,9 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_epmoe.kernels.device import compute_capability
+from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
+from jax_epmoe.quant import BLOCK, FP8, Granularity, QuantizedArray
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _OLDEST = 80
+_OLDEST_FLOAT8 = 89
 _BAND = 8  # row tiles of an expert that share their weights while these are in the L2
 # KiB of shared memory that a CTA may have, by compute capability; a card that is not listed has 99.
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
@@ -71,9 +75,44 @@ def matmul(
             rows=expected_rows, experts=w.shape[0], columns=columns, dtype=x.dtype, capability=capability
         )
     return _matmul(
-        x, w, group_sizes, row_index, bias,
+        x, w, group_sizes, row_index, bias, None, None,
         activation=activation, transpose_w=transpose_w, out_dtype=jnp.dtype(out_dtype), tile=tile, capability=capability,
     )  # fmt: skip
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    row_index: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    quantize_out: Granularity | None = None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike,
+    expected_rows: int | None = None,
+) -> jax.Array | QuantizedArray:
+    """What `reference.quantized_matmul` computes; rows past the groups are left as they are. Scales as `grouped_gemm` has them.
+
+    Every 128 of k are summed by themselves, scaled and added in float32.
+
+    Raises:
+      NotImplementedError: the device is no NVIDIA GPU since Ada, another out_dtype, an empty operand, no jax-triton.
+    """
+    out_dtype = jnp.dtype(jnp.float32 if quantize_out else out_dtype)
+    capability = _refuse_unless_served(x, w, out_dtype, float8=True)
+    rows = x.shape[0] if row_index is None else row_index.shape[0]
+    columns = w.shape[-2] * (2 if activation else 1)
+    expected_rows = rows if expected_rows is None else expected_rows
+    tile = choose_tile(rows=expected_rows, experts=w.shape[0], columns=columns, dtype=x.dtype, capability=capability)
+    out = _matmul(
+        x, w, group_sizes, row_index, bias, x_scale, w_scale,
+        activation=activation, transpose_w=False, out_dtype=out_dtype, tile=tile, capability=capability,
+    )  # fmt: skip
+    return quantize_rows(out, group_sizes, quantize_out, out_scale) if quantize_out else out
 
 
 def outer(left: jax.Array, right: jax.Array, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -89,6 +128,8 @@ def choose_tile(*, rows: int, experts: int, columns: int, dtype: jax.typing.DTyp
     block_m = next((height for height in (16, 32, 64) if rows_per_expert <= 0.75 * height), 128)
     if jnp.dtype(dtype) == jnp.float32:
         return Tile(min(block_m, 64), 64, 32, num_warps=4, num_stages=3)
+    if jnp.dtype(dtype) == FP8:  # two sums of float32: registers for 128 columns; block_k is what shares a scale
+        return Tile(block_m, 128, BLOCK, num_warps=8 if block_m == 128 else 4, num_stages=4)
     if block_m < 128:
         return Tile(block_m, 128, 64, num_warps=4, num_stages=4 if block_m == 64 else 5)
     fits = _SHARED_MEMORY.get(capability, 99) >= 163
@@ -103,14 +144,17 @@ def outer_tile(dtype: jax.typing.DTypeLike) -> Tile:
     return Tile(64, 64, 32, 4, 3) if jnp.dtype(dtype) == jnp.float32 else Tile(128, 128, 32, 8, 4)
 
 
-def _refuse_unless_served(left: jax.Array, right: jax.Array, out_dtype: jax.typing.DTypeLike) -> int:
+def _refuse_unless_served(
+    left: jax.Array, right: jax.Array, out_dtype: jax.typing.DTypeLike, float8: bool = False
+) -> int:
     """Raises NotImplementedError with one line unless the kernels can run; the device's compute capability."""
     capability, dtypes = compute_capability(), (left.dtype, right.dtype, jnp.dtype(out_dtype))
-    names = ", ".join(map(str, dtypes))
+    names, oldest = ", ".join(map(str, dtypes)), _OLDEST_FLOAT8 if float8 else _OLDEST
+    accepted = dtypes[2:] if float8 else dtypes  # whoever gives scales has checked that both operands are float8
     for refused, reason in (
-        (capability < _OLDEST, "the device is not an NVIDIA GPU of compute capability 8.0 or newer"),
+        (capability < oldest, f"the device is not an NVIDIA GPU of compute capability {oldest / 10} or newer"),
         (left.dtype != right.dtype, f"dtypes {names}: the operands' differ"),
-        (any(dtype not in _DTYPES for dtype in dtypes), f"dtypes {names} are not bfloat16, float16 or float32"),
+        (any(dtype not in _DTYPES for dtype in accepted), f"dtypes {names} are not bfloat16, float16 or float32"),
         (left.size == 0 or right.size == 0, "an operand is empty"),
     ):
         if refused:
@@ -140,6 +184,8 @@ def _matmul(
     group_sizes: jax.Array,
     row_index: jax.Array | None,
     bias: jax.Array | None,
+    x_scale: jax.Array | None,
+    w_scale: jax.Array | None,
     *,
     activation: str | None,
     transpose_w: bool,
@@ -159,6 +205,8 @@ def _matmul(
         group_sizes,
         group_sizes if row_index is None else row_index.astype(jnp.int32),  # what is absent is not read
         w if bias is None else bias,
+        w if x_scale is None else x_scale,
+        w if w_scale is None else w_scale,
         kernel=kernels.matmul,
         name="grouped_gemm",
         out_shape=jax.ShapeDtypeStruct((rows, n), out_dtype),
@@ -178,7 +226,30 @@ def _matmul(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BAND=_BAND,
+        **_scale_strides(x_scale, w_scale, w),
     )
+
+
+def _scale_strides(x_scale: jax.Array | None, w_scale: jax.Array | None, w: jax.Array) -> dict[str, int]:
+    """How scales lie, for the kernel: those of x's rows and groups; of w's matrices, their columns (or blocks) and blocks of k."""
+    names = ("X_SCALE_ROW", "X_SCALE_K", "W_SCALE_MATRIX", "W_SCALE_COLUMN", "W_SCALE_K")
+    if x_scale is None or w_scale is None:
+        return dict.fromkeys(names, 0)
+    match x_scale.shape:
+        case ():
+            of_x = (0, 0)
+        case (_,):
+            of_x = (1, 0)
+        case (_, rows):
+            of_x = (1, rows)
+    match w_scale.shape[w.ndim - 2 :]:
+        case ():
+            of_w = (1, 0, 0)
+        case (columns,):
+            of_w = (columns, 1, 0)
+        case (column_blocks, k_blocks):
+            of_w = (column_blocks * k_blocks, k_blocks, 1)
+    return dict(zip(names, of_x + of_w, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "capability"))

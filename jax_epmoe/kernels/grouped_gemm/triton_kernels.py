@@ -14,6 +14,8 @@ def matmul(
     group_sizes,
     row_index,
     bias,
+    x_scale,
+    w_scale,
     out,
     EXPERTS: tl.constexpr,
     N: tl.constexpr,
@@ -27,10 +29,18 @@ def matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    X_SCALE_ROW: tl.constexpr,
+    X_SCALE_K: tl.constexpr,
+    W_SCALE_MATRIX: tl.constexpr,
+    W_SCALE_COLUMN: tl.constexpr,
+    W_SCALE_K: tl.constexpr,
 ):
     """One tile of the output a program: BLOCK_M rows of one expert, BLOCK_N of w's columns; programs past the last tile exit.
 
     With a gate, even columns of the tile are gate's and odd ones up's, so that a thread holds both halves of what it multiplies.
+
+    Operands have scales if W_SCALE_MATRIX, how far the scales of two matrices lie apart, is not 0. The other strides are of a row of
+    x, of a column of w (of 128, if W_SCALE_K) and of BLOCK_K along k; 0 where one scale serves all.
     """
     PARTS: tl.constexpr = 1 if ACTIVATION == "" else 2
     COLUMNS: tl.constexpr = BLOCK_N // PARTS  # of the output
@@ -68,6 +78,9 @@ def matmul(
     w_tile = (
         w + expert.to(tl.int64) * (PARTS * N * K) + w_rows.to(tl.int64)[None, :] * STRIDE_N + ks[:, None] * STRIDE_K
     )
+    x_scales = x_scale + sources.to(tl.int64) * X_SCALE_ROW
+    w_scales = w_scale + (expert * PARTS + lanes % PARTS) * W_SCALE_MATRIX
+    w_scales += w_columns // (BLOCK_K if W_SCALE_K else 1) * W_SCALE_COLUMN
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         x_mask = row_inside[:, None]
@@ -77,7 +90,14 @@ def matmul(
             w_mask = w_mask & (ks < K - k)[:, None]
         x_values = tl.load(x_tile, mask=x_mask, other=0.0)
         w_values = tl.load(w_tile, mask=w_mask, other=0.0)
-        product = tl.dot(x_values, w_values, product, input_precision="ieee")
+        if W_SCALE_MATRIX == 0:
+            product = tl.dot(x_values, w_values, product, input_precision="ieee")
+        else:
+            # Tensor cores add float8 products with few bits: each step's sum is their own, and goes to float32 from there.
+            part = tl.dot(x_values, w_values) * tl.load(x_scales, mask=row_inside, other=0.0)[:, None]
+            product += part * tl.load(w_scales, mask=w_inside, other=0.0)[None, :]
+            x_scales += X_SCALE_K
+            w_scales += W_SCALE_K
         x_tile += BLOCK_K
         w_tile += BLOCK_K * STRIDE_K
 
