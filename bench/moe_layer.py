@@ -317,6 +317,7 @@ class Bench:
             "layout": case.layout.name,
             "tokens": case.tokens,
             "load": load,
+            "quantize": case.quantize,
             "rank": rank,
             "rows": int(sizes.sum()),
             "experts_used": int(np.count_nonzero(sizes)),

@@ -87,8 +87,8 @@ def layer_case(
 
 def _grouped_mm_layer(rank: Rank) -> Callable[[], Any]:
     """`torch._grouped_mm` over gathered rows, and a gather back to the tokens; how many rows there are is known beforehand, to
-    the peer's advantage. What lies between the products is compiled. Quantised: `torch._scaled_grouped_mm`, sums by the tensor
-    cores alone; tokens are quantised before they are gathered."""
+    the peer's advantage. What lies between the products is compiled. Quantised: `torch._scaled_grouped_mm`, with sums in float32
+    as ours; tokens are quantised before they are gathered."""
     import torch
 
     local = rank.ids - rank.first_expert
@@ -143,7 +143,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _scaled_grouped_mm(x: Any, scales: Any, w: Quantized, ends: Any) -> Any:
     import torch
 
-    options = {"offs": ends, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    options = {"offs": ends, "out_dtype": torch.bfloat16, "use_fast_accum": False}
     return torch._scaled_grouped_mm(x, w.values.mT, scales, w.scales[..., 0], **options)
 
 

@@ -43,6 +43,12 @@ def test_the_best_peer_is_right_and_is_compared_with_ours_without_the_router():
     assert layer_tables.ratio(make_case(**{OURS: {"failed": "RuntimeError: lost"}})) is None
 
 
+def test_a_float8_layer_may_be_further_off():
+    case = make_case(**{TORCH_LAYER: made_up(1100, error=2e-2), VLLM: made_up(400, error=4e-2)})
+    assert layer_tables.best_peer(case) is None
+    assert layer_tables.best_peer({**case, "quantize": "fp8-block"})[0] == TORCH_LAYER
+
+
 def test_what_lies_outside_the_floor_is_told():
     assert layer_tables.outside_us(made_up(580, parts=PARTS)) == pytest.approx(60)
     assert layer_tables.outside_us(made_up(580, parts={})) is None
