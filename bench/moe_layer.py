@@ -267,8 +267,8 @@ class Bench:
         ]
         if not todo or time.monotonic() > self.deadline:
             return
-        weights = {case.layout: case for case, _ in todo}
-        weights = {layout: Weights(case) for layout, case in weights.items()}
+        used = dict.fromkeys(case.layout for case, _ in todo)
+        weights = {layout: Weights(Case(model, layout, 1, self.args.quantize)) for layout in used}
         compiled = cache(lambda case, with_shared: self.compile(case, weights[case.layout], with_shared))
         programs = [(case, self.has_shared(case, load)) for case, load in todo] + [(case, False) for case, _ in todo]
         list(self.pool.map(lambda program: compiled(*program), dict.fromkeys(programs)))
