@@ -55,7 +55,6 @@ from jax_epmoe.moe.router import route
 from jax_epmoe.quant import FORMATS, Format, QuantizedWeights, quantize
 
 DTYPE = jnp.bfloat16
-FLOAT8_BACKEND = "hopper"  # by name, as long as no call without one is served by it
 _UNCACHED_BYTES = 200e6  # four times the L2
 
 
@@ -104,7 +103,6 @@ def rank_layer(case: Case, shared: nnx.GraphDef | None = None) -> Callable[..., 
     shared experts, if any.
     """
     config = case.config
-    backend = FLOAT8_BACKEND if case.quantize else None
 
     def layer(x, router, experts, first_expert, shared_state):
         with jax.named_scope("router"):
@@ -116,7 +114,7 @@ def rank_layer(case: Case, shared: nnx.GraphDef | None = None) -> Callable[..., 
             with jax.named_scope("shared_experts"):
                 partial_sum = nnx.merge(shared, shared_state).partial_sum(x)
         return run_experts(
-            x, *experts, weights, plan, partial_sum, config.activation, backend, case.chunk_rows, case.expected_rows
+            x, *experts, weights, plan, partial_sum, config.activation, None, case.chunk_rows, case.expected_rows
         )
 
     return layer

@@ -140,7 +140,6 @@ def test_a_second_run_adds_what_the_first_left_out(tiny, monkeypatch, tmp_path):
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
     monkeypatch.setitem(layers.MODELS, "deepseek-tiny", dataclasses.replace(CONFIG, intermediate_size=128))
-    monkeypatch.setattr(moe_layer, "FLOAT8_BACKEND", "xla")
     output = tmp_path / "result.json"
     common = ("--models", "*tiny", "--tokens", "64", "--output", str(output), "--quantize")
     run(arguments_of(monkeypatch, *common, quantize, "--loads", "zipf"))

@@ -10,8 +10,8 @@ from jax_epmoe.config import require
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, triton
 from jax_epmoe.quant import FP8, Granularity, QuantizedArray, quantize, scale_shape
 
-# In order of preference; a backend is a module with `quantized_matmul`. Hopper's has not run on a GPU yet: it is last, by name only.
-BACKENDS = {"triton": triton, "xla": reference, "hopper": hopper_fp8}
+# In order of preference; a backend is a module with `quantized_matmul`.
+BACKENDS = {"hopper": hopper_fp8, "triton": triton, "xla": reference}
 OUTPUTS = ("tensor", "token", "group")
 
 
