@@ -136,7 +136,10 @@ class Weights:
         # The first E numbers of a token are its logits, but for a little of all the others.
         identity = jnp.eye(config.num_experts, config.hidden_size)
         noise = 1e-3 * normal(9, (config.num_experts, config.hidden_size)).astype(jnp.float32)
-        self.router = ((identity + noise).astype(DTYPE), jnp.zeros(config.num_experts) if config.correction_bias else None)
+        self.router = (
+            (identity + noise).astype(DTYPE),
+            jnp.zeros(config.num_experts) if config.correction_bias else None,
+        )
         self.shared: nnx.GraphDef | None = None
         self.shared_state: nnx.State | None = None
         if case.shared_inner:

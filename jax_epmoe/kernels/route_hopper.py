@@ -100,7 +100,9 @@ def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig)
         scores.append(score)
     costs = []  # 0, or -inf for a group that is out
     for i, score in enumerate(scores):
-        better = [jnp.where(other >= score if j < i else other > score, 1.0, 0.0) for j, other in enumerate(scores) if j != i]
+        better = [
+            jnp.where(other >= score if j < i else other > score, 1.0, 0.0) for j, other in enumerate(scores) if j != i
+        ]
         costs.append(jnp.where(sum(better[1:], start=better[0]) < config.topk_group, 0.0, -jnp.inf))
     tiles = []
     for start in range(0, experts, _TILE):

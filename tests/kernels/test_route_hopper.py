@@ -11,7 +11,14 @@ from jax_epmoe import MoEConfig
 from jax_epmoe.kernels import route_hopper
 from jax_epmoe.moe import router
 
-V3 = {"scoring": "sigmoid", "correction_bias": True, "group_score": "top2_sum", "top_k": 8, "n_group": 8, "topk_group": 4}
+V3 = {
+    "scoring": "sigmoid",
+    "correction_bias": True,
+    "group_score": "top2_sum",
+    "top_k": 8,
+    "n_group": 8,
+    "topk_group": 4,
+}
 CASES = {
     "a softmax": {"num_experts": 64, "top_k": 6},
     "every expert": {"num_experts": 8, "top_k": 8},
@@ -35,7 +42,9 @@ def interpreted():
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(("tokens", "distinct"), [(130, 3), (64, 10**6), (1, 10**6)], ids=["many ties", "few", "a token"])
+@pytest.mark.parametrize(
+    ("tokens", "distinct"), [(130, 3), (64, 10**6), (1, 10**6)], ids=["many ties", "few", "a token"]
+)
 def test_it_chooses_as_the_layer_does(case, tokens, distinct, interpreted):
     config, rng = config_of(case), np.random.default_rng(0)
     logits = jnp.asarray(rng.integers(-distinct, distinct, (tokens, config.num_experts)) * (4 / distinct), jnp.float32)

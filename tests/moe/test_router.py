@@ -200,7 +200,10 @@ def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
     bias = jax.random.normal(jax.random.key(2), (64,)) if biased else None
     few = dataclasses.replace(config, num_experts=60)
     few_bias = None if bias is None else bias[:60]
-    expected = [jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config), route(x, w[:60], few_bias, few)]
+    expected = [
+        jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config),
+        route(x, w[:60], few_bias, few),
+    ]
     calls = []
 
     def recorded(logits, bias, config):

@@ -120,18 +120,23 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
         tiling = Tiling(columns=128, heights=(16, 32, 64), block_k=BLOCK)
     else:
         narrow = gated or -(-n // 256) * 256 > 1.15 * n
-        # Two blocks of 64 columns a warpgroup, 128 high, are more sums than its registers hold.
-        heights = (64, 88, 112, 128) if narrow else (48, 80, 96, 112)
+        heights = tuple(height for height in _HEIGHTS if _fits(height, 256, 4, BLOCK, out_dtype))
         tiling = Tiling(columns=128 if narrow else 256, heights=heights, block_k=BLOCK)
-    stages = next(stages for stages in range(8, 1, -1) if _fits(tiling, stages, gated, out_dtype))
-    return dataclasses.replace(tiling, stages=stages)
-
-
-def _fits(tiling: Tiling, stages: int, gated: bool, out_dtype: jnp.dtype) -> bool:
-    """Whether shared memory holds so many stages, with all of a tile's output and some barriers."""
     height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
-    stage = (height + weights) * tiling.block_k + 4 * _scales_of(height) * (tiling.block_k // BLOCK)
-    return stages * stage + height * tiling.columns * out_dtype.itemsize + 2048 <= SHARED_MEMORY_LIMIT
+    # High tiles: a power of two. With others ptxas does not see that an accumulator begins at zero, and runs out of registers.
+    counts = (4, 2) if height > 64 else range(8, 1, -1)
+    return dataclasses.replace(
+        tiling, stages=next(count for count in counts if _fits(height, weights, count, tiling.block_k, out_dtype))
+    )
+
+
+_HEIGHTS = (64, 80, 96, 104, 112, 128)
+
+
+def _fits(height: int, weights: int, stages: int, block_k: int, out_dtype: jnp.dtype) -> bool:
+    """Whether shared memory holds so many stages of a tile of `height` rows and `weights` rows of w, and a block of output."""
+    stage = (height + weights) * block_k + 4 * _scales_of(height) * (block_k // BLOCK)
+    return stages * stage + _CONSUMERS * height * 64 * out_dtype.itemsize + 1024 <= SHARED_MEMORY_LIMIT
 
 
 def _scales_of(height: int) -> int:
@@ -278,7 +283,6 @@ def _run(
                             height,
                         )
                     results = dict(zip(whole, sums, strict=True))
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for block in range(blocks):
                         of_parts = []
                         for part in range(parts):
@@ -296,13 +300,16 @@ def _run(
                         result = result.astype(out_dtype)
                         if out_dtype.itemsize == 4:  # 16 bits go through the transposed view as they are: matrix stores
                             result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-                        out_smem.at[warpgroup, block, pl.ds(0, height)].T[...] = result
+                        # One block's room: the next waits until this one has been read.
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        out_smem.at[warpgroup, pl.ds(0, height)].T[...] = result
+                        plgpu.commit_smem()
+                        tiles.store_rows(
+                            out_smem.at[warpgroup, pl.ds(0, height)], out_gmem, tile, first_column + block * 64
+                        )
+                        plgpu.commit_smem_to_gmem_group()
 
                 walk.for_height(tile.code, multiply)
-                plgpu.commit_smem()
-                for block in range(blocks):
-                    tiles.store_rows(out_smem.at[warpgroup, block], out_gmem, tile, first_column + block * 64)
-                plgpu.commit_smem_to_gmem_group()
 
             walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -315,7 +322,7 @@ def _run(
             plgpu.SMEM((stages, max_height, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
             plgpu.SMEM((stages, parts, tiling.columns, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
             plgpu.SMEM((stages, promotions, _scales_of(max_height)), f32),
-            plgpu.SMEM((_CONSUMERS, blocks, max_height, 64), out_dtype, transforms=out_transforms),
+            plgpu.SMEM((_CONSUMERS, max_height, 64), out_dtype, transforms=out_transforms),
             plgpu.Barrier(num_arrivals=1 + parts + scale_steps, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
         ],
