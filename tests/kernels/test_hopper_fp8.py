@@ -90,7 +90,7 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
     out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
     tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
-    used = tiling.stages * (height + weights) * 128 + height * tiling.columns * out_dtype.itemsize
+    used = tiling.stages * (height + weights) * tiling.block_k + height * 128 * out_dtype.itemsize
     assert tiling.stages >= 2
     assert used <= tuning.SHARED_MEMORY_LIMIT
     w_shape = (experts, 2, n, k) if gated else (experts, n, k)

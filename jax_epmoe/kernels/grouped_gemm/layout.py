@@ -18,7 +18,5 @@ OUTPUT_TRANSFORMS = (plgpu.SwizzleTransform(128),)  # type: ignore[abstract]
 def operand_transforms(minor: int, itemsize: int = 2) -> tuple[Any, ...]:
     """For an operand of `wgmma` whose last dimension in device memory is `minor`: the widest swizzle that divides it."""
     swizzle = next(swizzle for swizzle in (128, 64, _NARROWEST_SWIZZLE) if minor * itemsize % swizzle == 0)
-    return (
-        plgpu.TilingTransform((ROW_ALIGNMENT, swizzle // itemsize)),
-        plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
-    )
+    tiling = plgpu.TilingTransform((ROW_ALIGNMENT, swizzle // itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
