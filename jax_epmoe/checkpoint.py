@@ -2,6 +2,7 @@
 
     config.json, tokenizer files     Hugging Face's own, untouched
     epmoe.json                       format version, dtype, quantisation, a fingerprint of the source
+    manifest.json                    each array's shape, dtype and SHA-256; tensors with values that are not finite
     params/                          Orbax: a flat dictionary, from `layers.0.moe.w_down` and the like to arrays of HF's sizes
 
 A quantised `layers.0.moe.w_down` is `layers.0.moe.w_down.values` and `.scales` and, in a static format, `.input_scales`.
@@ -203,7 +204,7 @@ def _restore(
     path: Path, shapes: dict[str, jax.ShapeDtypeStruct], targets: dict[str, jax.ShapeDtypeStruct], progress: bool
 ) -> dict[str, jax.Array]:
     """Reads every target's array to its shards, a layer at a time, padding with zeros at the end of a dimension."""
-    folder = (path / "params" / "state").resolve()  # where Orbax's piecewise saving puts a tree
+    folder = (path / "params" / "state").resolve()  # where Orbax puts a tree
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         stored = _reading(path, lambda: handler.metadata(folder).tree)
         _check_stored(path, {name: tuple(array.shape) for name, array in stored.items()}, shapes)

@@ -186,7 +186,16 @@ def test_a_config_of_another_model_is_refused(copy, change, line):
         )
 
 
-@pytest.mark.parametrize("part", ["params", "params/state", "params/state/_METADATA", "params/state/manifest.ocdbt"])
+PARTS = (
+    "params",
+    "params/state",
+    "params/state/_METADATA",
+    "params/state/embed.table",
+    "params/state/norm.scale/zarr.json",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_missing_parts_of_params_are_refused(copy, part):
     shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
     assert refusal(copy).startswith(f"checkpoint '{copy}': params cannot be read, damaged or cut short: ")

@@ -47,6 +47,18 @@ class Tensor:
         """The tensor, mapped: its pages are read when touched, and are given back with the last reference."""
         return np.memmap(self.file, _READABLE[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
+    def elements(self, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the tensor flattened in C order, read into memory.
+
+        Raises:
+          ValueError: the file has become too short for them.
+        """
+        dtype = _READABLE[self.dtype]
+        values = np.fromfile(self.file, dtype, stop - start, offset=self.offset + start * dtype.itemsize)
+        if values.size < stop - start:
+            raise ValueError(f"{self.file} was cut short while it was read; it should stay as it is")
+        return values
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`."""
@@ -90,6 +102,19 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if end != size:
         raise ValueError(f"{file} has {size} bytes; it should have {end}, by its header: it is cut short or damaged")
     return tensors
+
+
+def header_of(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file begins with that holds tensors of these dtypes and shapes, one after the other in this order."""
+    names = {dtype: name for name, dtype in _READABLE.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

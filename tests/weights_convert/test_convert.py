@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import weights_convert
 from jax_epmoe import make_mesh
 from jax_epmoe.checkpoint import load_model, parameter_shapes
 from jax_epmoe.models.families import read_config
+from weights_convert import arrays
 from weights_convert.cli import main
 
 PARITY = sorted((Path(__file__).parent.parent / "parity" / "checkpoints").glob("*/config.json"))
@@ -107,7 +109,7 @@ def test_header_and_files_beside_the_weights(tmp_path):
     summary = weights_convert.convert(src, tmp_path / "deep" / "dst", progress=False)
     dst = tmp_path / "deep" / "dst"
     assert sorted(path.name for path in dst.iterdir()) == [
-        "config.json", "epmoe.json", "generation_config.json", "params", "tokenizer.json",
+        "config.json", "epmoe.json", "generation_config.json", "manifest.json", "params", "tokenizer.json",
     ]  # fmt: skip
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (dst / name).read_bytes() == (src / name).read_bytes()
@@ -183,6 +185,8 @@ import re, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 import weights_convert
+from weights_convert import arrays
+arrays.CHUNK_BYTES = 2**20
 # Not getrusage's ru_maxrss: a process inherits that from the one that started it.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 weights_convert.convert(sys.argv[1], sys.argv[2] + "/small", progress=False)
@@ -191,18 +195,97 @@ print(weights_convert.convert(sys.argv[3], sys.argv[2] + "/large", progress=Fals
 """
 
 
-def test_memory_does_not_grow_with_layers(tmp_path):
-    config = MIXTRAL | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
-    layer = 3 * 8 * 256 * 1024 * 2  # 12.6 MB
-    for layers in (2, 16):
-        sized = config | {"num_hidden_layers": layers}
+def test_memory_is_that_of_a_few_chunks_whatever_the_size(tmp_path):
+    """Chunks of 1 MiB for a model of 200 MB; they are of 16 MiB otherwise."""
+    config = MIXTRAL | {"hidden_size": 256, "num_local_experts": 8, "num_hidden_layers": 4}
+    for size in (16, 4096):
+        sized = config | {"intermediate_size": size}
         tensors, _ = tensors_and_expected(sized)
-        write(tmp_path / str(layers), sized, tensors, shards=2)
-        del tensors
+        write(tmp_path / str(size), sized, tensors, shards=2)
+    largest = max(array.nbytes for array in tensors.values())
+    del tensors
     output = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path / "2", tmp_path, tmp_path / "16"],
+        [sys.executable, "-c", MEMORY, tmp_path / "16", tmp_path, tmp_path / "4096"],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     written, grown = map(int, output.split())
-    assert written > 16 * layer
-    assert grown < 3 * layer, f"{grown / layer:.1f} layers' memory more for 16 layers than for 2"
+    bound = 40 * 2**20 + largest
+    assert written > 4 * bound
+    assert grown < bound, f"{grown / 2**20:.0f} MiB more for {written / 2**20:.0f} MiB of arrays"
+
+
+def test_the_manifest_has_the_digest_of_each_array(tmp_path):
+    tensors, expected = tensors_and_expected(DEEPSEEK_V3)
+    weights_convert.convert(write(tmp_path / "src", DEEPSEEK_V3, tensors), tmp_path / "dst", progress=False)
+    manifest = json.loads((tmp_path / "dst" / "manifest.json").read_text())
+    assert manifest == {
+        "not_finite": [],
+        "arrays": {
+            name: {
+                "shape": list(array.shape),
+                "dtype": array.dtype.name,
+                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+            }
+            for name, array in expected.items()
+        },
+    }
+
+
+@pytest.mark.parametrize("limit", [1, 64, 1000, 2**24])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (13, 5), (3, 2, 7, 5), (4, 1, 8), (2, 3, 1)], ids=str)
+def test_chunks_are_runs_of_the_array_under_the_limit_that_cover_it(monkeypatch, shape, limit):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", limit)
+    array = np.arange(math.prod(shape)).reshape(shape)
+    end = 0
+    for chunk in arrays.chunks(shape, 2):
+        assert chunk.start == end
+        end = chunk.stop
+        np.testing.assert_array_equal(array[chunk.place].reshape(-1), np.arange(chunk.start, chunk.stop))
+        assert array[chunk.place].shape == chunk.shape
+        assert 2 * math.prod(chunk.shape) <= max(limit, 2 * array.shape[-1] if shape else 2)
+    assert end == array.size
+
+
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_arrays_of_many_chunks_come_back_bit_for_bit(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", limit)
+    tensors, expected = tensors_and_expected(DEEPSEEK_V3)
+    assert_same(convert(write(tmp_path / "src", DEEPSEEK_V3, tensors, 3), tmp_path / "dst"), expected)
+    model = load_model(tmp_path / "dst", mesh=make_mesh(4, 2))
+    np.testing.assert_array_equal(model.layers[1].moe.w_down[...][:, :, :7], expected["layers.1.moe.w_down"])
+
+
+def test_values_that_are_not_finite_are_kept_and_named(tmp_path, capsys):
+    tensors, expected = tensors_and_expected(MIXTRAL)
+    names = ["model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.norm.weight"]
+    tensors[names[0]][1, 2] = expected["layers.1.moe.w_gate_up"][2, 1, 1, 2] = np.nan
+    tensors[names[1]][3] = expected["norm.scale"][3] = -np.inf
+    src = write(tmp_path / "src", MIXTRAL, tensors)
+    assert main([str(src), str(tmp_path / "dst")]) == 0
+    where = tmp_path / "dst" / "manifest.json"
+    assert capsys.readouterr().err == (
+        f"epmoe-convert: warning: tensor {names[0]} has values that are NaN or infinite (and 1 more like it); {where} names all\n"
+    )
+    assert json.loads(where.read_text())["not_finite"] == names
+    for dtype in (None, "float32", "float16"):
+        assert weights_convert.convert(src, tmp_path / str(dtype), dtype=dtype, progress=False).not_finite == tuple(
+            names
+        )
+    assert_same(v1.load(tmp_path / "None" / "params"), expected)
+
+
+def test_a_dry_run_prints_arrays_files_sharding_and_parts_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 400)
+    tensors, _ = tensors_and_expected(MIXTRAL)
+    src = write(tmp_path / "src", MIXTRAL, tensors)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(src), str(tmp_path / "dst"), "--dry-run", "--process", "1/2"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "layers.*.moe.w_gate_up 2 3 x 2 x 7 x 16 bfloat16 2.69kB 12 1 x 1 x 7 x 16 expert, -, tensor, -" in said
+    assert "layers.*.attention.q 2 4 x 6 x 16 bfloat16 1.54kB 4 2 x 6 x 16 expert+tensor, -, -" in said
+    assert "norm.scale 1 16 bfloat16 32.0B 1 16 nothing" in said
+    parts = [line.split() for line in said if line.startswith("process ")]
+    assert [part[1] for part in parts] == ["0/2:", "1/2:"]
+    assert sum(int(part[2]) for part in parts) == sum(int(line.split()[1]) for line in said[1 : said.index("")])
+    assert said[-1].endswith(" free; nothing was written")

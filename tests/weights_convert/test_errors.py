@@ -1,4 +1,4 @@
-"""Every bad input: one line that says what is wrong, exit status 2, nothing left behind."""
+"""Every bad input: one line that says what is wrong, exit status 2, nothing half written."""
 
 import importlib
 import json
@@ -253,7 +253,7 @@ def test_a_destination_inside_the_source_is_refused(tmp_path, capsys, src, dst):
 
 def test_too_small_a_disk_is_refused(tmp_path, capsys, src, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1000))
     assert_refused(capsys, [src, tmp_path / "dst"], "has 0.0 GB free; it should have", tmp_path)
 
 
@@ -263,6 +263,9 @@ def test_a_source_that_is_nowhere_is_refused(tmp_path, capsys, src, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     assert_refused(capsys, ["someone/some-model", tmp_path / "dst"], "from the hub: no network at all", tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    line = r"'someone/some-model' is not a folder, and huggingface_hub.* is not installed; .* install jax_epmoe\[hub\]"
+    assert_refused(capsys, ["someone/some-model", tmp_path / "dst"], line, tmp_path)
     assert_refused(capsys, [tmp_path / "nowhere", tmp_path / "dst"], "it should be a folder, or a name", tmp_path)
     assert_refused(capsys, [src / "config.json", tmp_path / "dst"], "it should be a folder, or a name", tmp_path)
     assert_refused(
@@ -271,43 +274,84 @@ def test_a_source_that_is_nowhere_is_refused(tmp_path, capsys, src, monkeypatch)
 
 
 @pytest.fixture
-def fail_at_second_layer(monkeypatch):
-    """Makes the second save of layers raise the given exception."""
+def fail_at_second_chunk(monkeypatch):
+    """Makes the reading of a second chunk raise the given exception."""
 
     def install(error):
-        original, calls = convert_module.ocp_partial.save, []
+        original, calls = convert_module.Reader.read, []
 
-        def save(*args):
+        def read(*args):
             calls.append(args)
             if len(calls) == 2:
                 raise error
             return original(*args)
 
-        monkeypatch.setattr(convert_module.ocp_partial, "save", save)
+        monkeypatch.setattr(convert_module.Reader, "read", read)
 
     return install
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, capsys, src, fail_at_second_layer):
-    fail_at_second_layer(KeyboardInterrupt())
-    before = sorted(tmp_path.rglob("*"))
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, src, fail_at_second_chunk):
+    fail_at_second_chunk(KeyboardInterrupt())
     assert main([str(src), str(tmp_path / "dst")]) == 130
-    assert capsys.readouterr().err == f"epmoe-convert: interrupted; {tmp_path / 'dst'} was not written\n"
-    assert sorted(tmp_path.rglob("*")) == before
+    left = tmp_path / ".dst.partial"
+    assert capsys.readouterr().err == (
+        f"epmoe-convert: interrupted; {tmp_path / 'dst'} was not written; the same command goes on from {left}\n"
+    )
+    assert left.is_dir()
+    assert main([str(src), str(tmp_path / "dst")]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_leaves_nothing(tmp_path, src, fail_at_second_layer):
-    fail_at_second_layer(RuntimeError("a bug"))
-    before = sorted(tmp_path.rglob("*"))
+def test_an_unexpected_error_keeps_its_traceback_and_what_was_written(tmp_path, src, fail_at_second_chunk):
+    fail_at_second_chunk(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         main([str(src), str(tmp_path / "dst")])
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".dst.partial", "src"]
 
 
-def test_a_write_that_fails_is_one_line(tmp_path, src):
-    limited = (
-        f"ulimit -f 1; {sys.executable} -m weights_convert {src} {tmp_path / 'dst'} --dtype float32"  # 1 KiB a file
-    )
+def test_an_unfinished_conversion_with_other_options_is_refused(tmp_path, capsys, src, fail_at_second_chunk):
+    fail_at_second_chunk(KeyboardInterrupt())
+    assert main([str(src), str(tmp_path / "dst")]) == 130
+    capsys.readouterr()
+    line = r"\.dst\.partial holds an unfinished conversion of another checkpoint or with other options; it should be"
+    for more in (["--dtype", "float32"], ["--dtype", "float32", "--dry-run"], ["--quantize", "fp8-tensor"]):
+        assert_refused(capsys, [src, tmp_path / "dst", *more], line, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--process", "2/2"], "process is 2/2; it should be I/N with I from 0 to N - 1"),
+        (["--process", "1"], "--process is '1'; it should be I/N, such as 0/4"),
+        (["--process", "0/0"], "process is 0/0; it should be I/N"),
+        (["--verify", "--process", "0/2"], "--process is 0/2; it should be left out with --to-hf and --verify"),
+        (["--to-hf", "--dtype", "float32"], "--dtype is 'float32'; it should be left out with --to-hf"),
+        (["--verify", "--quantize", "fp8-block"], "--quantize is 'fp8-block'; it should be left out with --verify"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path, capsys, src, argv, line):
+    assert_refused(capsys, [src, tmp_path / "dst", *argv], re.escape(line), tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, capsys):
+    """A limit on the size of a file, which the system reports as it does a full disk."""
+    config = MIXTRAL | {"vocab_size": 2000}
+    src = write(tmp_path / "src", config, tensors_and_expected(config)[0])
+    limited = f"ulimit -f 32; {sys.executable} -m weights_convert {src} {tmp_path / 'dst'}"  # in KiB
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert "File too large" in result.stderr
+    assert result.stderr.endswith(f"; the same command goes on from {tmp_path / '.dst.partial'}\n")
+    assert not (tmp_path / "dst").exists()
+    written = sorted((tmp_path / ".dst.partial" / "checkpoint" / "params" / "state" / "embed.table").rglob("*"))
+    assert [file.name for file in written if file.is_file()] == ["zarr.json"]  # nothing half written
+    assert main([str(src), str(tmp_path / "dst")]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path, src):
+    limited = f"ulimit -f 0; {sys.executable} -B -m weights_convert {src} {tmp_path / 'dst'}"
     before = sorted(tmp_path.rglob("*"))
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
@@ -315,28 +359,30 @@ def test_a_write_that_fails_is_one_line(tmp_path, src):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# The program with a pause after each layer, so that the signal comes in time on a busy machine too. Where tests are started in the
+# The program with a pause after each array, so that the signal comes in time on a busy machine too. Where tests are started in the
 # background, they inherit that Ctrl-C is ignored, and so would it.
 SLOWLY = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from weights_convert import cli
-module = sys.modules["weights_convert.convert"]
-save = module._save
-module._save = lambda *args: (save(*args), time.sleep(0.5))
+from weights_convert import cli, work
+set_done = work.Work.set_done
+work.Work.set_done = lambda *args: (set_done(*args), time.sleep(0.5))
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
-    config = MIXTRAL | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8, "num_hidden_layers": 12}
-    src = write(tmp_path / "src", config, tensors_and_expected(config)[0])
-    before = sorted(tmp_path.rglob("*"))
+def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(tmp_path, capsys):
+    src = write(tmp_path / "src", MIXTRAL, tensors_and_expected(MIXTRAL)[0])
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, src, tmp_path / "dst"], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".dst.tmp-*/params.partial_save/*")):
+    while not (done := list(tmp_path.glob(".dst.partial/done/*.json"))):
         assert process.poll() is None, "ended before it could be interrupted"
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, f"epmoe-convert: interrupted; {tmp_path / 'dst'} was not written\n")
-    assert sorted(tmp_path.rglob("*")) == before
+    left = tmp_path / ".dst.partial"
+    line = f"epmoe-convert: interrupted; {tmp_path / 'dst'} was not written; the same command goes on from {left}\n"
+    assert (process.returncode, error) == (130, line)
+    assert not (tmp_path / "dst").exists()
+    assert done
+    assert main([str(src), str(tmp_path / "dst")]) == 0
+    assert "B had been written before" in capsys.readouterr().out
