@@ -9,6 +9,7 @@ beside it, flushes and renames. So several processes can write one checkpoint, a
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def open_array(folder: Path, name: str, is_cached: bool = False) -> ts.TensorSto
         cache = ts.Context({"cache_pool": {"total_bytes_limit": 2 * CHUNK_BYTES * is_cached}})
         return ts.open(_spec(folder, name) | {"open": True}, context=cache).result()
     except ValueError as error:
-        raise ValueError(f"{folder / 'state' / name} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"{folder / 'state' / name} cannot be read: {reason(error)}") from None
 
 
 def read(array: ts.TensorStore, place: Any) -> np.ndarray:
@@ -108,7 +109,12 @@ def read(array: ts.TensorStore, place: Any) -> np.ndarray:
     try:
         return array[place].read().result()
     except ValueError as error:
-        raise ValueError(f"an array is damaged or cut short: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"an array is damaged or cut short: {reason(error)}") from None
+
+
+def reason(error: ValueError) -> str:
+    """What TensorStore says is wrong, without the specification that it adds."""
+    return re.sub(r" \[\w+='.*", "", " ".join(str(error).split()))
 
 
 def written_chunks(folder: Path, name: str) -> set[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_epmoe.checkpoint import by_layer
-from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, written_chunks
+from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, reason, written_chunks
 from weights_convert.plan import Plan, Reader, find, make_plan
 from weights_convert.work import Work, advance, in_threads, progress_bar, read_or_none, write_whole
 
@@ -228,4 +228,4 @@ def _written(writing: Any) -> None:
     try:
         writing.result()
     except ValueError as error:
-        raise OSError(f"cannot write: {' '.join(str(error).split())[:300]}") from None
+        raise OSError(f"cannot write: {reason(error)}") from None
