@@ -106,6 +106,25 @@ def longer(src):
         stream.write(b"\0")
 
 
+def huge_header(src):
+    """A file of 200 MB without the disk's, whose header would be 150."""
+    (src / SHARD).write_bytes((150_000_000).to_bytes(8, "little"))
+    os.truncate(src / SHARD, 200_000_000)
+
+
+def overlapping(src):
+    """The second tensor begins where the first does."""
+    content = (src / SHARD).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]
+    (_, first), (_, second), *_ = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    size = second["data_offsets"][1] - second["data_offsets"][0]
+    second["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][0] + size]
+    raw = json.dumps(header).encode()
+    (src / SHARD).write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+
+
 def edit_header(old, new):
     def edit(src):
         content = (src / SHARD).read_bytes()
@@ -140,6 +159,8 @@ BAD = {
     "shard too long": (longer, rf"{SHARD} has \d+ bytes; it should have \d+"),
     "shard is empty": (lambda src: os.truncate(src / SHARD, 0), rf"{SHARD} \(0 bytes\) says its header"),
     "header is cut": (lambda src: os.truncate(src / SHARD, 99), rf"{SHARD} \(99 bytes\) says its header"),
+    "header is too long": (huge_header, rf"{SHARD} \(200000000 bytes\) says its header has 150000000 bytes; it should be 2 to 100000000"),
+    "overlapping": (overlapping, rf"{SHARD}: tensor .* begins at byte 0; it should be \d+, where the last ends"),
     "header is not JSON": (edit_header(b'{"', b"{,"), rf"{SHARD} has a header that is not JSON"),
     "offsets lie": (edit_header(b'"data_offsets":[0,', b'"data_offsets":[1,'), rf"{SHARD}: tensor .* data_offsets"),
     "shape lies": (edit_header(b'"shape":[1', b'"shape":[2'), rf"{SHARD}: tensor .* bytes apart"),
