@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1
 
 from jax_epmoe import dummy_model, load_model, make_mesh
 from jax_epmoe.checkpoint import parameter_shapes
@@ -184,6 +185,18 @@ def test_a_config_of_another_model_is_refused(copy, change, line):
         assert (
             refusal(copy, mesh=mesh) == f"checkpoint '{copy}': {line}, to fit config.json; convert the checkpoint again"
         )
+
+
+def test_arrays_in_orbax_s_ocdbt_load_too(converted, copy):
+    """What `weights_convert` wrote before it wrote files of chunks."""
+    arrays = v1.load(copy / "params")
+    shutil.rmtree(copy / "params")
+    v1.save(copy / "params", arrays)
+    assert (copy / "params" / "state" / "manifest.ocdbt").is_file()
+    want = arrays_of(load_model(converted["mixtral"], mesh=make_mesh(4, 2)))
+    got = arrays_of(load_model(copy, mesh=make_mesh(4, 2)))
+    for key, array in want.items():
+        np.testing.assert_array_equal(np.asarray(got[key]), np.asarray(array), err_msg=key)
 
 
 PARTS = (

@@ -82,7 +82,7 @@ def lay_out(folder: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]
         for name, (shape, dtype) in arrays.items()
     ]
     for array in opening:
-        array.result()
+        wait(array)
 
 
 def open_array(folder: Path, name: str, is_cached: bool = False) -> ts.TensorStore:
@@ -97,7 +97,7 @@ def open_array(folder: Path, name: str, is_cached: bool = False) -> ts.TensorSto
         cache = ts.Context({"cache_pool": {"total_bytes_limit": 2 * CHUNK_BYTES * is_cached}})
         return ts.open(_spec(folder, name) | {"open": True}, context=cache).result()
     except ValueError as error:
-        raise ValueError(f"{folder / 'state' / name} cannot be read: {reason(error)}") from None
+        raise ValueError(f"{folder / 'state' / name} cannot be read: {_reason(error)}") from None
 
 
 def read(array: ts.TensorStore, place: Any) -> np.ndarray:
@@ -109,10 +109,22 @@ def read(array: ts.TensorStore, place: Any) -> np.ndarray:
     try:
         return array[place].read().result()
     except ValueError as error:
-        raise ValueError(f"an array is damaged or cut short: {reason(error)}") from None
+        raise ValueError(f"an array is damaged or cut short: {_reason(error)}") from None
 
 
-def reason(error: ValueError) -> str:
+def wait(writing: Any) -> None:
+    """Waits until TensorStore has written.
+
+    Raises:
+      OSError: the disk is full, or fails. (TensorStore raises ValueError, whatever it is.)
+    """
+    try:
+        writing.result()
+    except ValueError as error:
+        raise OSError(f"cannot write: {_reason(error)}") from None
+
+
+def _reason(error: ValueError) -> str:
     """What TensorStore says is wrong, without the specification that it adds."""
     return re.sub(r" \[\w+='.*", "", " ".join(str(error).split()))
 

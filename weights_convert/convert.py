@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from jax_epmoe.checkpoint import by_layer
-from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, reason, written_chunks
+from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, wait, written_chunks
 from weights_convert.plan import Plan, Reader, find, make_plan
 from weights_convert.work import Work, advance, in_threads, progress_bar, read_or_none, write_whole
 
@@ -102,7 +101,7 @@ def convert(
     nbytes = sum(plan.arrays[name].nbytes for name in mine)
     summary = partial(Summary, plan.parameters, nbytes, plan.kind, skipped=plan.skipped)
     alone = process[1] == 1
-    if (not alone and is_others(work.target, plan)) or work.is_finished():
+    if (not alone and is_written(work.target, plan)) or work.is_finished():
         return summary(time.perf_counter() - start, not_finite=_not_finite(work.target), resumed=nbytes)
     work.begin(plan.files_bytes, partial(_lay_out, plan))
     try:
@@ -141,8 +140,8 @@ def share(nbytes: Mapping[str, int], process: tuple[int, int]) -> list[str]:
     return mine
 
 
-def is_others(target: Path, plan: Plan) -> bool:
-    """Whether a folder is this conversion, whole, as another process left it."""
+def is_written(target: Path, plan: Plan) -> bool:
+    """Whether a folder is what this plan makes, whole."""
     return read_or_none(target / "epmoe.json") == plan.header and (target / MANIFEST).is_file()
 
 
@@ -168,9 +167,9 @@ def _finish(work: Work, plan: Plan) -> tuple[int, tuple[str, ...]]:
             write_whole(work.checkpoint / MANIFEST, {"not_finite": not_finite, "arrays": arrays})
             work.end()
         except OSError:
-            if not is_others(work.target, plan):
+            if not is_written(work.target, plan):
                 raise
-    if is_others(work.target, plan):
+    if is_written(work.target, plan):
         return 0, _not_finite(work.target)
     return missing, ()
 
@@ -212,20 +211,12 @@ def _write_array(
                 continue
             values = reader.read(chunk.start, chunk.stop).reshape(chunk.shape)
             if writing is not None:
-                _written(writing)
+                wait(writing)
             writing = stored[chunk.place].write(values, can_reference_source_data_indefinitely=True).commit
             writing.force()  # starts now, while the digest takes its time and the next chunk is read
             digest.update(values.reshape(-1).view(np.uint8))
             advance(bar, values.nbytes)
     finally:
         if writing is not None:
-            _written(writing)
+            wait(writing)
     work.set_done(name, {"sha256": digest.hexdigest(), "not_finite": sorted(reader.not_finite)})
-
-
-def _written(writing: Any) -> None:
-    """Waits for TensorStore, which raises ValueError whatever went wrong."""
-    try:
-        writing.result()
-    except ValueError as error:
-        raise OSError(f"cannot write: {reason(error)}") from None

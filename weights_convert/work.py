@@ -71,9 +71,11 @@ class Work:
             with ThreadPoolExecutor(1) as thread:  # so that Ctrl-C does not stop Orbax half-way
                 thread.submit(lay_out, new).result()
             new.rename(self.checkpoint)
-        except OSError:
-            if not self.checkpoint.exists():  # else another process was first
+        except BaseException as error:
+            was_first = self.checkpoint.exists() and isinstance(error, OSError)  # another process
+            if not self.checkpoint.exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
+            if not was_first:
                 raise
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -1,6 +1,8 @@
 import hashlib
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from jax_epmoe.checkpoint import load_model, parameter_shapes
 from jax_epmoe.models.families import read_config
 from weights_convert import arrays
 from weights_convert.cli import main
+from weights_convert.work import advance, progress_bar
 
 PARITY = sorted((Path(__file__).parent.parent / "parity" / "checkpoints").glob("*/config.json"))
 
@@ -289,3 +292,18 @@ def test_a_dry_run_prints_arrays_files_sharding_and_parts_and_writes_nothing(tmp
     assert [part[1] for part in parts] == ["0/2:", "1/2:"]
     assert sum(int(part[2]) for part in parts) == sum(int(line.split()[1]) for line in said[1 : said.index("")])
     assert said[-1].endswith(" free; nothing was written")
+
+
+def test_progress_is_in_bytes_with_the_time_left_from_where_an_earlier_run_was(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar("converting", 8_000_000, 2_000_000, shown=True) as bar:
+        bar.start_t -= 10
+        advance(bar, 2_000_000)
+        bar.refresh()
+    assert re.search(r"converting:  50%\|.*\| 4.00M/8.00M \[00:10<00:\d\d, +\d+kB/s\]", terminal.getvalue())
+    assert progress_bar("converting", 1, 0, shown=False).disable
