@@ -90,14 +90,16 @@ def _run(args: argparse.Namespace) -> str:
         hf_plan = make_hf_plan(Path(args.src))
         work = make_hf_work(args.dst, hf_plan)
         work.is_finished()
-        work.check(sum(map(hf_plan.nbytes, hf_plan.pieces)))
-        return describe_hf(hf_plan, work)
+        print(describe_hf(hf_plan, work))
+        work.check_space(sum(map(hf_plan.nbytes, hf_plan.pieces)))
+        return "nothing was written"
     if args.dry_run:
         plan = make_plan(find(args.src, args.revision), args.dtype, args.quantize)
         work = make_work(args.dst, plan)
         work.is_finished()
-        work.check(plan.files_bytes)
-        return describe(plan, work, process[1])
+        print(describe(plan, work, process[1]))
+        work.check_space(plan.files_bytes)
+        return "nothing was written"
     if args.to_hf:
         return f"{args.dst}: {to_hf(args.src, args.dst)}"
     summary = convert(

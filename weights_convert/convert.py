@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jax_epmoe.checkpoint import by_layer
 from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, wait, written_chunks
 from weights_convert.plan import Plan, Reader, find, make_plan
 from weights_convert.work import Work, advance, in_threads, progress_bar, read_or_none, write_whole
@@ -120,7 +119,7 @@ def make_work(dst: str | os.PathLike, plan: Plan) -> Work:
 
 
 def share(nbytes: Mapping[str, int], process: tuple[int, int]) -> list[str]:
-    """The arrays that process i of n writes, a layer's together: the n runs of nearly as many bytes each.
+    """The arrays that process i of n writes: they are cut, layer after layer, into n runs of nearly as many bytes each.
 
     Args:
       nbytes: what each array takes, by name.
@@ -133,11 +132,17 @@ def share(nbytes: Mapping[str, int], process: tuple[int, int]) -> list[str]:
     if not 0 <= i < n:
         raise ValueError(f"process is {i}/{n}; it should be I/N with I from 0 to N - 1")
     total, before, mine = max(1, sum(nbytes.values())), 0, []
-    for name in (name for layer in by_layer(nbytes) for name in layer):
+    for name in sorted(nbytes, key=_in_order):
         if min(n - 1, (2 * before + nbytes[name]) * n // (2 * total)) == i:  # where the array's middle lies
             mine.append(name)
         before += nbytes[name]
     return mine
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Sorts arrays by layer, as files have them; what belongs to none comes first."""
+    first, second, *_ = name.split(".")
+    return (int(second) if first == "layers" else -1, name)
 
 
 def is_written(target: Path, plan: Plan) -> bool:

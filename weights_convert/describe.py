@@ -66,7 +66,7 @@ def describe_hf(plan: HFPlan, work: Work) -> str:
 def _end(work: Work) -> str:
     existing, free = work.free()
     goes_on = f"; would go on from {work.folder}" if work.checkpoint.exists() else ""
-    return f"{existing} has {_size(free)} free{goes_on}; nothing was written"
+    return f"{existing} has {_size(free)} free{goes_on}"
 
 
 def _specs(plan: Plan) -> dict[str, str]:

@@ -42,11 +42,17 @@ class Work:
         """Whether an earlier run ended between giving DST its name and removing the folder, which is then done here.
 
         Raises:
-          ValueError: DST exists and is something else.
+          ValueError: DST exists and is something else, or the folder holds something else.
         """
+        is_this = read_or_none(self.folder / "plan.json") == self._plan
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            if self.checkpoint.exists() and not is_this:
+                raise ValueError(
+                    f"{self.folder} holds an unfinished conversion of another checkpoint or with other options;"
+                    " it should be of this one: remove it, or choose another DST"
+                )
             return False
-        if self.checkpoint.exists() or read_or_none(self.folder / "plan.json") != self._plan:
+        if self.checkpoint.exists() or not is_this:
             raise ValueError(f"DST {str(self.dst)!r} exists; it should be a new or an empty folder")
         self.remove()
         return True
@@ -58,9 +64,9 @@ class Work:
           nbytes: what will be written, for which there must be room.
 
         Raises:
-          ValueError: the folder holds something else, or there is too little room on the disk.
+          ValueError: there is too little room on the disk.
         """
-        self.check(nbytes)
+        self.check_space(nbytes)
         if self.checkpoint.exists():
             return
         new = self.folder / f"new-{os.getpid()}"
@@ -80,13 +86,8 @@ class Work:
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def check(self, nbytes: int) -> None:
-        """`begin`'s checks alone."""
-        if self.checkpoint.exists() and read_or_none(self.folder / "plan.json") != self._plan:
-            raise ValueError(
-                f"{self.folder} holds an unfinished conversion of another checkpoint or with other options;"
-                " it should be of this one: remove it, or choose another DST"
-            )
+    def check_space(self, nbytes: int) -> None:
+        """Refuses a disk with too little room for `nbytes`, less what an earlier run has written of them."""
         existing, free = self.free()
         needed = nbytes - sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         if needed > free:
