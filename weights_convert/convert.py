@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from weights_convert import arrays
 from weights_convert.arrays import Chunk, chunks, lay_out, open_array, read, wait, written_chunks
 from weights_convert.plan import Plan, Reader, find, make_plan
 from weights_convert.work import Work, advance, in_threads, progress_bar, read_or_none, write_whole
@@ -114,8 +115,10 @@ def convert(
 
 
 def make_work(dst: str | os.PathLike, plan: Plan) -> Work:
-    """The folder beside `dst` for a plan."""
-    return Work(Path(dst), plan.folder, plan.header)
+    """The folder beside `dst` for a plan; it goes on only with the same files in chunks of the same size."""
+    stats = {file.name: file.stat() for file in {tensor.file for tensor in plan.tensors.values()}}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+    return Work(Path(dst), plan.folder, {"header": plan.header, "files": files, "chunk_bytes": arrays.CHUNK_BYTES})
 
 
 def share(nbytes: Mapping[str, int], process: tuple[int, int]) -> list[str]:
@@ -163,17 +166,20 @@ def _finish(work: Work, plan: Plan) -> tuple[int, tuple[str, ...]]:
     done = {name: entry for name in plan.arrays if (entry := work.done(name)) is not None}
     missing = len(plan.arrays) - len(done)
     if not missing:
-        arrays = {
+        entries = {
             name: {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": done[name]["sha256"]}
             for name, array in sorted(plan.arrays.items())
         }
         not_finite = sorted({tensor for entry in done.values() for tensor in entry["not_finite"]})
+        new = work.folder / f"{MANIFEST}-{os.getpid()}"
         try:
-            write_whole(work.checkpoint / MANIFEST, {"not_finite": not_finite, "arrays": arrays})
+            write_whole(new, {"not_finite": not_finite, "arrays": entries})
+            new.replace(work.checkpoint / MANIFEST)
             work.end()
         except OSError:
             if not is_written(work.target, plan):
                 raise
+            shutil.rmtree(work.folder, ignore_errors=True)  # another process was first
     if is_written(work.target, plan):
         return 0, _not_finite(work.target)
     return missing, ()

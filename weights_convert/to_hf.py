@@ -80,8 +80,12 @@ def to_hf(src: str | os.PathLike, dst: str | os.PathLike, *, progress: bool = Tr
     work.begin(total, partial(_lay_out, plan))
     todo = [shard for shard in plan.shards if not (work.checkpoint / shard.file).is_file()]
     resumed = total - sum(plan.nbytes(name) for shard in todo for name in shard.tensors)
-    with progress_bar("converting", total, resumed, progress) as bar:
-        in_threads(lambda shard, stop: _write_shard(work.checkpoint, plan, shard, bar, stop), todo)
+    try:
+        with progress_bar("converting", total, resumed, progress) as bar:
+            in_threads(lambda shard, stop: _write_shard(work.checkpoint, plan, shard, bar, stop), todo)
+    except ValueError:
+        work.remove()
+        raise
     work.end()
     return Summary(parameters, total, kind, time.perf_counter() - start, resumed=resumed)
 
@@ -119,7 +123,8 @@ def make_hf_plan(folder: Path) -> HFPlan:
 
 def make_hf_work(dst: str | os.PathLike, plan: HFPlan) -> Work:
     """The folder beside `dst` for a plan."""
-    return Work(Path(dst), plan.folder, {"to_hf": plan.header, "manifest": read_manifest(plan.folder)})
+    made_from = {"to_hf": plan.header, "manifest": read_manifest(plan.folder), "shard_bytes": SHARD_BYTES}
+    return Work(Path(dst), plan.folder, made_from)
 
 
 def _shards(found: Mapping[str, Piece], dtypes: Mapping[str, np.dtype]) -> tuple[Shard, ...]:

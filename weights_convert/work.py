@@ -5,6 +5,7 @@
 .DST.partial/done/          a note for each part that is whole
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ class Work:
     def check_space(self, nbytes: int) -> None:
         """Refuses a disk with too little room for `nbytes`, less what an earlier run has written of them."""
         existing, free = self.free()
-        needed = nbytes - sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        needed = nbytes - _nbytes(self.folder)
         if needed > free:
             raise ValueError(
                 f"{existing} has {free / 1e9:.1f} GB free; it should have {needed / 1e9:.1f} GB for {self.target.name}"
@@ -118,6 +119,16 @@ class Work:
         for file in sorted(self.folder.iterdir(), key=lambda file: file.name == "plan.json"):
             shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
         self.folder.rmdir()
+
+
+def _nbytes(folder: Path) -> int:
+    """What the files in a folder take, which others may be writing and renaming."""
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, file)).st_size
+    return total
 
 
 def read_or_none(file: Path) -> Any:

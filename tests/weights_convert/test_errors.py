@@ -338,6 +338,8 @@ def test_an_unfinished_conversion_with_other_options_is_refused(tmp_path, capsys
     line = r"\.dst\.partial holds an unfinished conversion of another checkpoint or with other options; it should be"
     for more in (["--dtype", "float32"], ["--dtype", "float32", "--dry-run"], ["--quantize", "fp8-tensor"]):
         assert_refused(capsys, [src, tmp_path / "dst", *more], line, tmp_path)
+    os.utime(src / "model.safetensors")  # a file that was written since
+    assert_refused(capsys, [src, tmp_path / "dst"], line, tmp_path)
 
 
 @pytest.mark.parametrize(
