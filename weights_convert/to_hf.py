@@ -101,19 +101,16 @@ def make_hf_plan(folder: Path) -> HFPlan:
         raise ValueError(
             f"SRC {str(folder)!r} is quantised ({how}); it should be fp8-block as read from a checkpoint, or not at all"
         )
-    arrays = read_manifest(folder)["arrays"]
-    found = pieces(
-        family_of(hf),
-        {name: struct.shape for name, struct in parameter_shapes(config, quantization).items()},
-        None if stored is None else stored.suffixes,
-    )
-    dtypes = {}
-    for name, piece in found.items():
-        if piece.parameter not in arrays:
+    read_manifest(folder)  # there is none where arrays are in Orbax's OCDBT
+    shapes = {name: struct.shape for name, struct in parameter_shapes(config, quantization).items()}
+    arrays = {name: open_array(folder / PARAMS, name) for name in shapes}
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
             raise ValueError(
-                f"{folder}: array {piece.parameter} is not there; it should be: convert the checkpoint again"
+                f"{folder}: array {name} is {list(array.shape)}; it should be {list(shapes[name])}, by config.json"
             )
-        dtypes[name] = np.dtype(arrays[piece.parameter]["dtype"])
+    found = pieces(family_of(hf), shapes, None if stored is None else stored.suffixes)
+    dtypes = {name: arrays[piece.parameter].dtype.numpy_dtype for name, piece in found.items()}
     keys = [key for key in ("dtype", "torch_dtype") if hf.get(key) is not None] or ["dtype"]
     if any(hf.get(key, "bfloat16") != header["dtype"] for key in keys):
         hf |= dict.fromkeys(keys, header["dtype"])

@@ -123,6 +123,10 @@ def test_destinations_and_damage_are_refused_as_for_convert(tmp_path, capsys, mo
     weights_convert.convert(src, ours, progress=False)
     assert_refused(capsys, [ours, src, "--to-hf"], "exists; it should be a new or an empty folder", tmp_path)
     assert_refused(capsys, [ours, ours / "hf", "--to-hf"], "it should not be inside SRC", tmp_path)
+    (ours / "config.json").write_text(json.dumps(MIXTRAL | {"vocab_size": 12}))
+    line = f"{ours}: array embed.table is [11, 16]; it should be [12, 16], by config.json"
+    assert_refused(capsys, [ours, tmp_path / "hf", "--to-hf"], line, tmp_path)
+    (ours / "config.json").write_text(json.dumps(MIXTRAL))
     (ours / "params" / "state" / "layers.1.moe.w_down" / "c" / "0" / "0" / "0").unlink()
     assert main([str(ours), str(tmp_path / "hf"), "--to-hf"]) == 2
     assert "layers.1.moe.w_down" in capsys.readouterr().err
