@@ -1,12 +1,16 @@
 """`epmoe-tune`: measures tilings of the Hopper grouped GEMM at a model's sizes and keeps the best, for all later runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import math
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +56,7 @@ _DESCRIPTION = """\
 Measure tilings of the Hopper grouped GEMM for both products of a model's experts, at several numbers of tokens, and keep
 the best in a table that all later runs on the same kind of GPU look into. The table grows as it goes: interrupt it and
 run it again, and it goes on where it was. One GPU is enough, whatever the mesh: it stands for one of its devices.
+Compiling takes most of the time: several runs at once, for other models or meshes, compile side by side and measure in turn.
 """
 
 
@@ -308,8 +313,9 @@ def tune(
             for tiling, note in notes.items():
                 _tell(f"{case}: left out {tiling}: {note}")
             entry = _entry(case, times, device, quick)
-            there = {entry.place: entry for entry in tuning.read_table(path, device)}  # others may have written
-            tuning.write_table(path, device, {**there, entry.place: entry}.values())
+            with in_turn():
+                there = {entry.place: entry for entry in tuning.read_table(path, device)}  # others may have written
+                tuning.write_table(path, device, {**there, entry.place: entry}.values())
 
 
 def _is_current(entry: Entry | None, quick: bool) -> bool:
@@ -370,16 +376,26 @@ def measure_on_gpu(case: Case, tilings: Sequence[Tiling], loads: Sequence[np.nda
         for future in compiled:
             try:
                 run = future.result()
-                inputs = inputs or _Inputs(case, loads)
-                if is_first:  # the GPU's clocks rise
-                    inputs.microseconds(run)
-                is_first = False
-                yield inputs.microseconds(run)
+                with in_turn():
+                    inputs = inputs or _Inputs(case, loads)
+                    if is_first:  # the GPU's clocks rise
+                        inputs.microseconds(run)
+                    is_first = False
+                    result: float | str = inputs.microseconds(run)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
-                yield f"{type(error).__name__}: {lines[0][:200]}"
+                result = f"{type(error).__name__}: {lines[0][:200]}"
+            yield result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """One of this user's runs at a time: for the GPU while it is timed, and for the table."""
+    with open(Path(tempfile.gettempdir()) / f"epmoe-tune-{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _compile(case: Case, tiling: Tiling) -> Callable[..., jax.Array]:

@@ -5,6 +5,9 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -204,6 +207,22 @@ def test_two_models_share_a_table(table, tmp_path):
         assert tune.main(["--model", model, "--tokens", "64", "--output", str(other)], measure=Clock()) == 0
     assert sorted({entry.experts for entry in entries(other)}) == [64, 128]
     assert not table.exists()
+
+
+def test_runs_side_by_side_measure_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inside, most = [], []
+
+    def measure():
+        with tune.in_turn():
+            inside.append(None)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: measure(), range(16)))
+    assert most == [1] * 16
 
 
 @pytest.mark.parametrize(
