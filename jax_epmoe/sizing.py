@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
@@ -27,6 +28,7 @@ from jax_epmoe.checkpoint import abstract_model
 from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, require
 from jax_epmoe.mesh import DATA, EXPERT, TENSOR
 from jax_epmoe.models.attention import queries_at_a_time
+from jax_epmoe.models.kv_cache import cache_dtype, check_kv_cache_dtype
 from jax_epmoe.moe.experts import default_chunk_rows
 from jax_epmoe.moe.plan import ROW_ALIGNMENT
 
@@ -108,19 +110,22 @@ class Plan:
         return sum(self.weights.values()) + self.cache + max(self.prefill.activations, self.decode.activations)
 
 
-def plans(config: ModelConfig, devices: int, sizes: Sizes, dtype: Any = jnp.bfloat16) -> list[Plan]:
+def plans(
+    config: ModelConfig, devices: int, sizes: Sizes, dtype: Any = jnp.bfloat16, kv_cache_dtype: str = "auto"
+) -> list[Plan]:
     """`plan` for every layout over exactly so many devices that the model's sizes allow; never empty.
 
     Data-parallel attention is tried with one replica, as `epmoe-generate` has it.
 
     Raises:
-      ValueError: as `plan`, for sizes.
+      ValueError: as `plan`, for sizes and `kv_cache_dtype`.
     """
     _check(config, sizes)
+    check_kv_cache_dtype(kv_cache_dtype)
     found = []
     for layout in _layouts(config, devices):
         with contextlib.suppress(ValueError):  # heads that do not divide
-            found.append(plan(config, layout, sizes, dtype))
+            found.append(plan(config, layout, sizes, dtype, kv_cache_dtype))
     return found
 
 
@@ -136,20 +141,24 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def plan(config: ModelConfig, layout: Layout, sizes: Sizes, dtype: Any = jnp.bfloat16) -> Plan:
+def plan(
+    config: ModelConfig, layout: Layout, sizes: Sizes, dtype: Any = jnp.bfloat16, kv_cache_dtype: str = "auto"
+) -> Plan:
     """What one device holds and does, all of them the same.
 
     Args:
       config: the model's.
       layout: over the devices.
       sizes: of the batch, which is rounded up to a multiple of the model's `batch_multiple`, and of its sequences.
-      dtype: of weights, activations and cache.
+      dtype: of weights, activations and, with "auto", cache.
+      kv_cache_dtype: as `Engine`'s.
 
     Raises:
-      ValueError: a size that is not positive or too long for the model, or a layout that does not divide it.
+      ValueError: a size that is not positive or too long for the model, a layout that does not divide it, or a `kv_cache_dtype`
+        that does not exist.
     """
     _check(config, sizes)
-    device = _Device(config, layout, sizes, jnp.dtype(dtype))
+    device = _Device(config, layout, sizes, jnp.dtype(dtype), kv_cache_dtype)
     weights = dict.fromkeys(PARTS, 0)
     for weight in device.weights:
         weights[weight.part] += weight.bytes * weight.copies
@@ -185,7 +194,7 @@ class _Weight(NamedTuple):
 class _Device:
     """One device's shards: sizes that a layout divides are the device's own. One layer of each kind stands for all."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, sizes: Sizes, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, layout: Layout, sizes: Sizes, dtype: jnp.dtype, kv_cache_dtype: str):
         self.config, self.layout, self.context, self.itemsize = config, layout, sizes.context_length, dtype.itemsize
         kinds = Counter(config.moe_layers)
         mesh = AbstractMesh(
@@ -212,8 +221,11 @@ class _Device:
         self.batch = -(-sizes.max_batch_size // multiple)  # sequences in attention
         self.gathered = self.batch * multiple // layout.dp_size  # sequences in experts and head
         attention = model.layers[0].attention
-        cache = attention.abstract_cache(self.batch * multiple, sizes.context_length, dtype)
-        self.cache = config.num_layers * sum(_local_elements(array) * self.itemsize for array in cache)
+        cached = cache_dtype(kv_cache_dtype, dtype)
+        cache = jax.tree.leaves(attention.abstract_cache(self.batch * multiple, sizes.context_length, cached))
+        self.cache = config.num_layers * sum(_local_elements(array) * array.dtype.itemsize for array in cache)
+        # What attention reads of a layer's float8 cache: all of it, in the model's dtype.
+        self.dequantized = self.itemsize * sum(_local_elements(array) for array in cache if array.dtype == jnp.uint8)
         self.head_parts = 1 if layout.dp_attention else layout.tp_size
         _, self.heads, _ = shards["attention.o"]
         self.vocab, _ = shards["embed.table"]
@@ -315,7 +327,8 @@ class _Device:
         if at_once < length:  # queries and results are also laid out in pieces
             queries = 2 * queries + size * tokens * heads * value_dim
         output = (4 + size) * tokens * (heads * value_dim + hidden)
-        return max(size * tokens * hidden + projections, queries + keys_values + scores, output)
+        read = self.dequantized + keys_values
+        return max(size * tokens * hidden + projections, queries + read + scores, output)
 
     def _latent_activations(self, attention: MLAConfig, length: int) -> tuple[int, int, int, int]:
         """MLA's projections, queries, keys and values, and the size of a value."""

@@ -16,6 +16,7 @@ from jax_epmoe.checkpoint import DTYPES, quantization_of, read_header
 from jax_epmoe.command_line import Parser, refuse
 from jax_epmoe.config import require
 from jax_epmoe.models.families import read_config
+from jax_epmoe.models.kv_cache import KV_CACHE_DTYPES
 from jax_epmoe.sizing import PARTS, Gpu, Plan, Sizes, Step, plans
 
 PROGRAM = "epmoe-plan"
@@ -50,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="one with a config.json; weights are not read")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of weights, activations, cache; default: the checkpoint's, or bfloat16"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="as epmoe-generate's (default auto: as --dtype)",
     )
     parser.add_argument("--by", choices=("decode", "prefill"), default="decode", help="whose floor orders the layouts")
     parser.add_argument("--json", action="store_true", help="everything, in bytes and seconds, and what does not fit")
@@ -117,21 +124,23 @@ def _plan(args: argparse.Namespace) -> int:
         floor = getattr(plan, args.by).floor_seconds(gpu)
         return plan.total > gpu.memory, float(f"{floor:.3g}"), -plan.layout.ep_size, plan.total
 
-    ranked = sorted(plans(config, args.gpus, sizes, dtype), key=rank)
+    ranked = sorted(plans(config, args.gpus, sizes, dtype, args.kv_cache_dtype), key=rank)
     fitting = [plan for plan in ranked if plan.total <= gpu.memory]
+    cache = "" if args.kv_cache_dtype == "auto" else f" with an {args.kv_cache_dtype} cache"
     if args.json:
         found = [_as_json(plan, gpu) for plan in ranked]
-        given = {"model": args.model, "dtype": dtype, "gpus": args.gpus}
+        given = {"model": args.model, "dtype": dtype, "kv_cache_dtype": args.kv_cache_dtype, "gpus": args.gpus}
         print(json.dumps(given | {"gpu": vars(gpu), "sizes": vars(sizes), "plans": found}, indent=1))
     elif fitting:
         print(
-            f"{args.model}, {dtype}, {args.gpus} x {args.gpu}: {args.memory_fraction:g} of their memory is "
+            f"{args.model}, {dtype}{cache}, {args.gpus} x {args.gpu}: {args.memory_fraction:g} of their memory is "
             f"{gpu.memory / _GIB:.1f} GiB each\n{sizes.max_batch_size} sequences, {sizes.context_length} positions, {sizes.prefill_chunk} "
             f"tokens of each a prefill call\n\n{_table(fitting, sizes, gpu)}\n"
         )
         if len(fitting) < len(ranked):
             print(f"{len(ranked) - len(fitting)} more do not fit")
-        print(f"best: epmoe-generate {fitting[0].layout.flags}")
+        flag = f" --kv-cache-dtype {args.kv_cache_dtype}" if cache else ""
+        print(f"best: epmoe-generate {fitting[0].layout.flags}{flag}")
     if fitting:
         return 0
     print(f"{PROGRAM}: {_missing(ranked, gpu)}", file=sys.stderr)

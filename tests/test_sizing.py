@@ -23,6 +23,7 @@ from jax_epmoe.generate.batching import make_requests, plan_batches
 from jax_epmoe.generate.engine import Engine
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.models.families import read_config
+from jax_epmoe.models.kv_cache import cache_dtype
 from jax_epmoe.sizing import Gpu, Layout, Sizes, Step, plan, plans
 
 ROOT = Path(__file__).parents[1]
@@ -176,13 +177,14 @@ def test_bytes_are_those_of_the_compiled_programs(kind, layout, measured):
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 2, 2), Layout(8, 8, dp_attention=True)], ids=lambda layout: layout.flags)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_weights_and_cache_are_those_of_the_whole_model(layout, dtype):
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "fp8")])
+def test_weights_and_cache_are_those_of_the_whole_model(layout, dtype, kv_cache_dtype):
     config = random_model("deepseek").replace(moe_layers=(False, True, True, False, True, True, True))
     model = abstract_decoder(config, layout, dtype)
-    planned = plan(config, layout, SIZES, dtype)
+    planned = plan(config, layout, SIZES, dtype, kv_cache_dtype)
     assert sum(planned.weights.values()) == local_bytes(nnx.state(model))
-    caches = [layer.attention.abstract_cache(16, 512, model.dtype) for layer in model.layers]
+    cached = cache_dtype(kv_cache_dtype, model.dtype)
+    caches = [layer.attention.abstract_cache(16, 512, cached) for layer in model.layers]
     assert planned.cache == local_bytes(caches)
     assert planned.weights["experts"] == sum(
         local_bytes([layer.moe.w_gate_up.get_value(), layer.moe.w_down.get_value()])

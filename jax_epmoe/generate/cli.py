@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jax_epmoe.command_line import Parser, refuse
+from jax_epmoe.models.kv_cache import KV_CACHE_DTYPES
 
 PROGRAM = "epmoe-generate"
 
@@ -43,6 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="dummy: random weights, for a folder with only config.json",
     )
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="auto, the default: as --dtype; fp8 (or fp8_e4m3): float8 with scales, about half of bfloat16's memory",
+    )
     group.add_argument("--backend", choices=("hopper", "triton", "xla"), help="grouped GEMM; default: the fastest")
 
     group = parser.add_argument_group("devices")
@@ -244,6 +251,7 @@ def _make_engine(args: argparse.Namespace, folder: Path, eos_token_ids: Sequence
         prefill_chunk=args.prefill_chunk,
         context_length=args.context_length,
         eos_token_ids=eos_token_ids,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
 
 

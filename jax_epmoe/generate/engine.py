@@ -28,6 +28,7 @@ from jax_epmoe.generate.batching import Batch, Chunk, check_prompts, check_sizes
 from jax_epmoe.generate.sampling import Method, SamplingParams, request_keys, sample
 from jax_epmoe.generate.stats import Stats, device_memory
 from jax_epmoe.mesh import DATA
+from jax_epmoe.models.kv_cache import check_kv_cache_dtype
 
 # How many steps the host runs ahead of what it has read. Every process reads the same steps, so all stop at the same one;
 # after the last row's end this many steps run for nothing.
@@ -92,6 +93,7 @@ class Engine:
         prefill_chunk: int = 512,
         context_length: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        kv_cache_dtype: str = "auto",
     ):
         """
         Args:
@@ -100,9 +102,10 @@ class Engine:
           prefill_chunk: how many tokens of each prompt one prefill call takes.
           context_length: the most positions of a prompt and its continuation; by default, and at most, the model's.
           eos_token_ids: which tokens end a text; the model's by default.
+          kv_cache_dtype: as the model's `init_cache` takes it: "auto" is the model's dtype, "fp8" float8 with scales.
 
         Raises:
-          ValueError: a size out of its range.
+          ValueError: a size out of its range, or a `kv_cache_dtype` that does not exist.
         """
         self.context_length = check_sizes(
             model.config, max_batch_size=max_batch_size, prefill_chunk=prefill_chunk, context_length=context_length
@@ -114,7 +117,8 @@ class Engine:
         self.eos_token_ids = tuple(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.stats = Stats()
         self._batch_multiple = model.batch_multiple
-        self._init_cache = model.init_cache
+        check_kv_cache_dtype(kv_cache_dtype)
+        self._init_cache = partial(model.init_cache, kv_cache_dtype=kv_cache_dtype)
         # Flattened once: a call of a compiled program passes a plain list of arrays.
         self._graphdef, state = nnx.split(model)
         self._weights, self._state_tree = jax.tree.flatten(state)

@@ -14,18 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
 from jax_epmoe.kernels import mla_hopper
 from jax_epmoe.kernels.device import compute_capability, on_hopper
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
+from jax_epmoe.models import kv_cache
 from jax_epmoe.models.blocks import RMSNorm, rotate, tokens_spec
+from jax_epmoe.models.kv_cache import Cache
 from jax_epmoe.moe.gated_mlp import linear
 from jax_epmoe.parameters import parameter, run_on_shards
+from jax_epmoe.quant import FP8
 
-Cache = tuple[jax.Array, ...]
 RopeTable = tuple[jax.Array, jax.Array]
 
 _MASK_BYTES = 2**29  # the largest mask that is made for the library
@@ -144,12 +146,6 @@ def _visible(query_positions: jax.Array, key_positions: jax.Array, sliding_windo
     return visible if sliding_window is None else visible & (distance < sliding_window)
 
 
-def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Puts `new [B, S, ...]` at `positions [B, S]` of `cache [B, L, ...]`; positions past L are dropped."""
-    sequence = jnp.arange(cache.shape[0])[:, None]
-    return cache.at[sequence, positions].set(new.astype(cache.dtype), mode="drop")
-
-
 def _key_positions(batch: int, length: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(length), (batch, length))
 
@@ -164,19 +160,22 @@ class Attention(nnx.Module):
     head_axes: tuple[str, ...]
     cache_spec: P
     cache_shapes: tuple[tuple[int, ...], ...]  # of one position of one sequence
+    fp8_cache_shapes: tuple[
+        tuple[int, ...], ...
+    ]  # the same, cut so that what lies in the last dimension may share a scale
 
     def init_cache(self, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
-        """Zeros for `batch_size` sequences of up to `length` positions, on their shards."""
+        """Zeros for `batch_size` sequences of up to `length` positions, on their shards; float8_e4m3fn has scales beside them."""
         abstract = self.abstract_cache(batch_size, length, dtype)
-        return tuple(jnp.zeros(array.shape, array.dtype, device=array.sharding) for array in abstract)
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
 
-    def abstract_cache(
-        self, batch_size: int, length: int, dtype: jax.typing.DTypeLike
-    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def abstract_cache(self, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> tuple[Any, ...]:
         """The shapes, dtypes and shardings of `init_cache`."""
-        sharding = NamedSharding(self.mesh, self.cache_spec)
-        shapes = ((batch_size, length, *shape) for shape in self.cache_shapes)
-        return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes)
+        shapes = self.fp8_cache_shapes if jnp.dtype(dtype) == FP8 else self.cache_shapes
+        return tuple(
+            kv_cache.abstract_cached((batch_size, length, *shape), dtype, self.mesh, self.cache_spec)
+            for shape in shapes
+        )
 
     def __call__(
         self, x: jax.Array, rope: RopeTable, positions: jax.Array, cache: Cache | None, is_start: bool = False
@@ -185,7 +184,7 @@ class Attention(nnx.Module):
 
         `is_start`: x begins its sequences, so that the cache is written and not read.
         """
-        cache_specs = None if cache is None else tuple(self.cache_spec for _ in cache)
+        cache_specs = kv_cache.specs(cache, self.cache_spec)
         split = not self.head_axes
         spec = tokens_spec(3, split)
         return run_on_shards(
@@ -248,7 +247,7 @@ class GQA(Attention):
         kv_axes = head_axes if self.devices_per_kv_head == 1 else None
         cached_heads = max(kv_heads, tp_size)
         self.cache_spec = P(ALL_AXES if data_parallel else DATA, None, head_axes, None)
-        self.cache_shapes = ((cached_heads, dim), (cached_heads, dim))
+        self.cache_shapes = self.fp8_cache_shapes = ((cached_heads, dim), (cached_heads, dim))
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         self.q = parameter((heads, dim, hidden_size), (head_axes, None, None), **new)
         self.k = parameter((kv_heads, dim, hidden_size), (kv_axes, None, None), **new)
@@ -283,9 +282,9 @@ class GQA(Attention):
         v = v.astype(x.dtype)
         cached, window = cache is not None and not is_start, self.config.sliding_window
         if cache is not None:
-            cache = _write(cache[0], k, positions), _write(cache[1], v, positions)
+            cache = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
         if cached:
-            k, v = cache
+            k, v = (kv_cache.read(array, x.dtype) for array in cache)
         out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window)
         return self._output(out, self.o[...]), cache
 
@@ -317,7 +316,7 @@ class MLA(Attention):
     `kv_a [kv_lora + rope, H]`, `kv_a_norm`, `kv_b [heads, nope + v, kv_lora]`; `o [H, heads, v]`.
 
     The cache holds, for each position, the normalised latent and the rotated key that all heads share, on every device:
-    `kv_lora + rope` numbers. One-token calls run in the absorbed form: `kv_b`'s key half is applied to the query and its
+    `kv_lora + rope` numbers in one array; in float8 they are two, each with scales. One-token calls run in the absorbed form: `kv_b`'s key half is applied to the query and its
     value half to the result, so that all heads attend to the latent itself, as one shared key head.
     """
 
@@ -347,6 +346,7 @@ class MLA(Attention):
         latent_size = config.kv_lora_rank + config.qk_rope_head_dim
         self.cache_spec = P(ALL_AXES if data_parallel else DATA, None, None)
         self.cache_shapes = ((latent_size,),)
+        self.fp8_cache_shapes = ((config.kv_lora_rank,), (rope_dim,))
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         per_head = (head_axes, None, None)
         if config.q_lora_rank is None:
@@ -371,9 +371,10 @@ class MLA(Attention):
         latent = jnp.concatenate([self.kv_a_norm(kv[..., :rank]), k_rope], axis=-1).astype(x.dtype)
         cached = cache is not None and not is_start
         if cache is not None:
-            cache = (_write(cache[0], latent, positions),)
+            parts = (latent,) if len(cache) == 1 else (latent[..., :rank], latent[..., rank:])
+            cache = tuple(kv_cache.write(*array, positions) for array in zip(cache, parts, strict=True))
         if cached:
-            (latent,) = cache
+            latent = jnp.concatenate([kv_cache.read(array, x.dtype) for array in cache], axis=-1)
         form = self._absorbed if x.shape[1] == 1 else self._expanded
         out = form(q_nope, q_rope, latent, positions, cached)
         return self._output(out, self.o[...]), cache

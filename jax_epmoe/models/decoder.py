@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from jax_epmoe.config import GQAConfig, ModelConfig, require
 from jax_epmoe.mesh import ALL_AXES, DATA, axes_size
-from jax_epmoe.models.attention import GQA, MLA, Cache, RopeTable
+from jax_epmoe.models.attention import GQA, MLA, RopeTable
 from jax_epmoe.models.blocks import DenseMLP, Embedding, Head, RMSNorm, rope_table
+from jax_epmoe.models.kv_cache import Cache, cache_dtype
 from jax_epmoe.models.projections import quantize_projections
 from jax_epmoe.moe.layer import EPMoE
 from jax_epmoe.quant import NOT_QUANTIZED, Quantization
@@ -107,7 +108,7 @@ class Decoder(nnx.Module):
         Args:
           config: the model's sizes.
           mesh: from `make_mesh`.
-          dtype: of weights, activations and cache.
+          dtype: of weights, activations and, unless asked otherwise, cache.
           rngs: whose `params` stream initialises the weights.
           backend: of `grouped_gemm`; None picks the fastest.
           dp_attention: deal sequences, not heads, over the tensor-parallel group in attention. Its weights are then on every device, each
@@ -153,12 +154,22 @@ class Decoder(nnx.Module):
         """Over how many devices the sequences of a batch lie."""
         return axes_size(self.mesh, ALL_AXES if self.dp_attention else DATA)
 
-    def init_cache(self, batch_size: int, length: int) -> list[Cache]:
-        """An empty cache for `batch_size` sequences of up to `length` positions, on its shards."""
+    def init_cache(self, batch_size: int, length: int, kv_cache_dtype: str = "auto") -> list[Cache]:
+        """An empty cache for `batch_size` sequences of up to `length` positions, on its shards.
+
+        Args:
+          batch_size: a multiple of `batch_multiple`.
+          length: positions of each sequence.
+          kv_cache_dtype: "auto" is the model's dtype; "fp8", or "fp8_e4m3", is float8 with scales (`kv_cache.py`).
+
+        Raises:
+          ValueError: a batch that does not divide, or another `kv_cache_dtype`.
+        """
         of = "dp_size * tp_size" if self.dp_attention else "dp_size"
         multiple = self.batch_multiple
         require(batch_size % multiple == 0, "batch_size", batch_size, f"a multiple of {of} ({multiple})")
-        return [layer.attention.init_cache(batch_size, length, self.dtype) for layer in self.layers]
+        dtype = cache_dtype(kv_cache_dtype, self.dtype)
+        return [layer.attention.init_cache(batch_size, length, dtype) for layer in self.layers]
 
     def hidden(
         self,

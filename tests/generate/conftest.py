@@ -29,7 +29,8 @@ class HashModel(nnx.Module):
         self.observe = observe
         self.factor = nnx.Param(jax.device_put(jnp.asarray(31, jnp.int32), NamedSharding(mesh, P())))
 
-    def init_cache(self, batch_size, length):
+    def init_cache(self, batch_size, length, kv_cache_dtype):
+        assert kv_cache_dtype == "auto"
         return {
             "tokens": jnp.full((batch_size, length), 90, jnp.int32, device=NamedSharding(self.mesh, P("data", None)))
         }

@@ -223,6 +223,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(mixtral, tmp_path, capsys, l
         (["--prompt", "a", "--tp-size", "16"], "tp_size * dp_size is 16; it should be at most the 8 devices"),
         (["--prompt", "a", "--tp-size", "3"], "tp_size is 3; it should be a divisor of the 8 query heads"),
         (["--prompt", "a", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--prompt", "a", "--kv-cache-dtype", "int8"], "argument --kv-cache-dtype: invalid choice: 'int8'"),
         (["--prompt", "a", "--process-id", "0"], "coordinator_address, num_processes, process_id is "),
         (["--prompt", "a", "--what"], "unrecognized arguments: --what"),
         (["--input", "/nowhere/in.jsonl"], "/nowhere/in.jsonl: No such file or directory"),

@@ -1,0 +1,87 @@
+"""What attention keeps of past positions: keys and values, or latents, in the model's dtype or in float8.
+
+In float8 every vector that is cached has a float32 scale of its own, taken from its largest value as it is written: a key or
+value of one head at one position; of MLA, the latent and the rotated key, each by itself. So nothing is calibrated, no head
+rounds another's values away, and what is cached does not change when later positions come.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_epmoe.config import require
+from jax_epmoe.quant import FP8, QuantizedArray, dequantize, quantize
+
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last two are the same
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Float8Vectors:
+    """Vectors of D float8_e4m3fn as they lie in memory, `data [B, L, ..., D]` uint8, and their `scales [B, L, ...]` float32.
+
+    As bytes, because XLA's CPU backend widens all of a float8 array to float16 to write into it.
+    """
+
+    data: jax.Array
+    scales: jax.Array
+
+
+# `[B, L, D]` or `[B, L, heads, D]`.
+Cached = jax.Array | Float8Vectors
+Cache = tuple[Cached, ...]
+
+
+def check_kv_cache_dtype(name: str) -> None:
+    """Raises a `ValueError` for what is not in `KV_CACHE_DTYPES`."""
+    require(name in KV_CACHE_DTYPES, "kv_cache_dtype", name, f"one of {', '.join(KV_CACHE_DTYPES)}")
+
+
+def cache_dtype(name: str, dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """What a name in `KV_CACHE_DTYPES` means for a model of `dtype`; a `ValueError` for another."""
+    check_kv_cache_dtype(name)
+    return jnp.dtype(dtype) if name == "auto" else FP8
+
+
+def abstract_cached(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, mesh: Mesh, spec: P) -> Any:
+    """A `Cached` of values `shape` that lie on the mesh by `spec`: shapes, dtypes and shardings."""
+    arrays: Any = jax.ShapeDtypeStruct(shape, dtype)
+    if jnp.dtype(dtype) == FP8:
+        data, scales = jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+        arrays = Float8Vectors(data, scales)  # type: ignore[arg-type]
+    return jax.tree.map(
+        lambda array, spec: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec)),
+        arrays,
+        specs(arrays, spec),
+    )
+
+
+def specs(cache: Any, spec: P) -> Any:
+    """The partition of each array in a cache whose values lie by `spec`: a scale is where its vector is."""
+    return jax.tree.map(lambda array: P(*tuple(spec)[: array.ndim]), cache)
+
+
+def write(cached: Cached, new: jax.Array, positions: jax.Array) -> Cached:
+    """Puts `new [B, S, ...]` at `positions [B, S]` of `cached [B, L, ...]`; positions past L are dropped."""
+    if not isinstance(cached, Float8Vectors):
+        return _scatter(cached, new.astype(cached.dtype), positions)
+    vectors = quantize(new, "token")
+    data = _scatter(cached.data, jax.lax.bitcast_convert_type(vectors.values, jnp.uint8), positions)
+    return Float8Vectors(data, _scatter(cached.scales, vectors.scales, positions))
+
+
+def _scatter(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    sequence = jnp.arange(cached.shape[0])[:, None]
+    return cached.at[sequence, positions].set(new, mode="drop")
+
+
+def read(cached: Cached, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """All that is cached `[B, L, ...]`, in `dtype` if it was float8: the size of one layer's cache in that dtype."""
+    if not isinstance(cached, Float8Vectors):
+        return cached
+    values = jax.lax.bitcast_convert_type(cached.data, FP8)
+    return dequantize(QuantizedArray(values, cached.scales, "token"), dtype)
