@@ -19,7 +19,6 @@ from bench.roofline import (
     GATHER,
     IMPLEMENTATIONS,
     OURS,
-    QUANTIZATIONS,
     QUANTIZED_IMPLEMENTATIONS,
     RAGGED_DOT,
     SCALED,
@@ -112,7 +111,7 @@ def test_a_run_writes_right_numbers_and_says_what_failed(tiny, monkeypatch, tmp_
     assert f"wrote {output}" in printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", ["fp8-block", pytest.param("fp8-channel", marks=pytest.mark.slow)])
 def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
     monkeypatch.setitem(roofline.MODELS, "tiny", roofline.Model(384, 128, 4, 2))
     output = tmp_path / "result.json"

@@ -76,9 +76,9 @@ def test_it_computes_the_definition_without_races(case):
     ("rows", "experts", "k", "n", "gated"),
     [
         (6144, 20, 5120, 1536, True),  # DeepSeek-Coder-V2, a rank of EP8
-        (6144, 20, 1536, 5120, False),
+        pytest.param(6144, 20, 1536, 5120, False, marks=pytest.mark.slow),
         (49152, 160, 5120, 192, True),  # the same under TP8
-        (49152, 160, 192, 5120, False),
+        pytest.param(49152, 160, 192, 5120, False, marks=pytest.mark.slow),
         (65536, 128, 2048, 768, True),  # Qwen3-30B-A3B
         (65536, 128, 768, 2048, False),
         (16384, 8, 4096, 14336, True),  # Mixtral
