@@ -1,4 +1,4 @@
-"""From a router's logits to each token's experts in one kernel on Hopper: a warpgroup takes 64 tokens, all in registers."""
+"""From a router's logits to each token's experts in one kernel on Hopper: a warp takes a token, its lanes the experts."""
 
 import functools
 
@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.config import MoEConfig
 
-_TOKENS = 64
-_MATRIX = plgpu.Layout.WGMMA
-_MAX_EXPERTS = 256  # what a warpgroup's registers hold, with as many again to work with
-_TILE = 8  # columns that a slice of registers begins and ends at
+_TOKENS, _LANES = 4, 32  # of a warpgroup: a token a warp
+_MAX_EXPERTS = 1024  # 32 a lane
+# A row lies in one warp: what is reduced over its columns never leaves it.
+_ROWS = plgpu.Layout.TILED(Tiling(((_TOKENS, _LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def serves(logits: jax.Array) -> bool:
-    """Whether `choose` can take `logits [T, E]`: float32, E a multiple of 8 up to 256."""
-    experts = logits.shape[1]
-    return logits.dtype == jnp.float32 and 0 < experts <= _MAX_EXPERTS and experts % _TILE == 0 and logits.size > 0
+    """Whether `choose` can take `logits [T, E]`: float32, at most 1024 experts."""
+    return logits.dtype == jnp.float32 and logits.shape[1] <= _MAX_EXPERTS and logits.size > 0
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -37,77 +37,72 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
       `[T, k]` int32; of equals the lower id comes first.
     """
     tokens, experts = logits.shape
-    padded = -(-tokens // _TOKENS) * _TOKENS
+    padding = -tokens % _TOKENS, -experts % _LANES
     f32, i32 = jnp.float32, jnp.int32
 
     def kernel(logits_gmem, *refs):
         *bias_gmem, values_gmem, ids_gmem = refs
         here = pl.ds(lax.axis_index("block") * _TOKENS, _TOKENS)
-        left = _scores(plgpu.load(logits_gmem.at[here], layout=_MATRIX, optimized=False), config.scoring)
+        left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
         for ref in bias_gmem:
-            left += lax.broadcast_in_dim(plgpu.load(ref, layout=_MATRIX.reduce(0), optimized=False), left.shape, (1,))
+            bias = plgpu.load(ref, layout=_ROWS.reduce(0), optimized=False)
+            left += plgpu.layout_cast(lax.broadcast_in_dim(bias, left.shape, (1,)), _ROWS)
         # Negative, so that the first of several columns is the largest; float32 holds them exactly.
-        number = -plgpu.broadcasted_iota(i32, left.shape, 1, layout=_MATRIX).astype(f32)
+        number = -plgpu.broadcasted_iota(i32, left.shape, 1, layout=_ROWS).astype(f32)
+        if padding[1]:
+            left = jnp.where(number > -experts, left, -jnp.inf)
         if config.n_group > 1:
             left = _without_other_groups(left, number, config)
         for place in range(config.top_k):
             best, first = _best(left, number)
             values_gmem[place, here] = best
             ids_gmem[place, here] = (-first).astype(i32)
-            left = jnp.where(number == _spread(first, experts), -jnp.inf, left)
+            left = jnp.where(number == _spread(first, left), -jnp.inf, left)
 
-    shape = (config.top_k, padded)
-    bias = [] if correction_bias is None else [correction_bias.astype(f32)]
+    shape = (config.top_k, tokens + padding[0])
+    bias = [] if correction_bias is None else [jnp.pad(correction_bias.astype(f32), (0, padding[1]))]
     values, ids = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct(shape, i32)),
-        grid=(padded // _TOKENS,),
+        grid=(shape[1] // _TOKENS,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
-    )(jnp.pad(logits, ((0, padded - tokens), (0, 0))), *bias)
+    )(jnp.pad(logits, ((0, padding[0]), (0, padding[1])), constant_values=-jnp.inf if padding[1] else 0), *bias)
     return values[:, :tokens].T, ids[:, :tokens].T
 
 
-def _spread(values: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(values, (_TOKENS, columns), (0,))
+def _spread(values: jax.Array, like: jax.Array) -> jax.Array:
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, like.shape, (0,)), _ROWS)
 
 
 def _scores(logits: jax.Array, scoring: str) -> jax.Array:
     if scoring == "sigmoid":
         return 1 / (1 + jnp.exp(-logits))
-    powers = jnp.exp(logits - _spread(jnp.max(logits, axis=1), logits.shape[1]))
-    return powers * _spread(1 / jnp.sum(powers, axis=1), logits.shape[1])
+    powers = jnp.exp(logits - _spread(jnp.max(logits, axis=1), logits))
+    return powers * _spread(1 / jnp.sum(powers, axis=1), logits)
 
 
 def _best(left: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each row's largest value, and the `number` of the first column that has it."""
     best = jnp.max(left, axis=1)
-    return best, jnp.max(jnp.where(left == _spread(best, left.shape[1]), number, -jnp.inf), axis=1)
+    return best, jnp.max(jnp.where(left == _spread(best, left), number, -jnp.inf), axis=1)
 
 
 def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig) -> jax.Array:
     """-inf for what is not in one of the `topk_group` best groups; of equal groups the first counts."""
-    experts, size = left.shape[1], left.shape[1] // config.n_group
+    size = config.num_experts // config.n_group
+    inside = [(number <= -i * size) & (number > -(i + 1) * size) for i in range(config.n_group)]
     scores = []
-    for start in range(0, experts, size):
-        columns = slice(start // _TILE * _TILE, -(-(start + size) // _TILE) * _TILE)
-        group, own = left[:, columns], number[:, columns]
-        if columns != slice(start, start + size):
-            group = jnp.where((own <= -start) & (own > -start - size), group, -jnp.inf)
-        score, first = _best(group, own)
+    for own in inside:
+        group = jnp.where(own, left, -jnp.inf)
+        score, first = _best(group, number)
         if config.group_score == "top2_sum":
-            score += jnp.max(jnp.where(own == _spread(first, own.shape[1]), -jnp.inf, group), axis=1)
+            score += jnp.max(jnp.where(number == _spread(first, left), -jnp.inf, group), axis=1)
         scores.append(score)
-    costs = []  # 0, or -inf for a group that is out
-    for i, score in enumerate(scores):
+    for i, (own, score) in enumerate(zip(inside, scores, strict=True)):
         better = [
             jnp.where(other >= score if j < i else other > score, 1.0, 0.0) for j, other in enumerate(scores) if j != i
         ]
-        costs.append(jnp.where(sum(better[1:], start=better[0]) < config.topk_group, 0.0, -jnp.inf))
-    tiles = []
-    for start in range(0, experts, _TILE):
-        cost = _spread(costs[start // size], _TILE)
-        for i in range(start // size + 1, (start + _TILE - 1) // size + 1):
-            cost = jnp.where(number[:, start : start + _TILE] <= -i * size, _spread(costs[i], _TILE), cost)
-        tiles.append(left[:, start : start + _TILE] + cost)
-    return jnp.concatenate(tiles, axis=1)
+        cost = jnp.where(sum(better[1:], start=better[0]) < config.topk_group, 0.0, -jnp.inf)
+        left = jnp.where(own, left + _spread(cost, left), left)
+    return left

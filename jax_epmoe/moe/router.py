@@ -32,8 +32,6 @@ def route(
 
 # From so many tokens on, throughput counts rather than the number of kernels.
 _MANY_TOKENS = 1024
-# For fewer tokens the kernel's time is that of one warpgroup, which grows with the experts: 15 us at 160, 50 at 256 in groups.
-_FEW_EXPERTS = 160
 
 
 def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -58,8 +56,7 @@ def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """The scores of the chosen experts `[T, k]`, and their ids; the scores alone have a gradient."""
-    is_worth_it = len(logits) >= _MANY_TOKENS or config.num_experts <= _FEW_EXPERTS
-    if on_hopper() and is_worth_it and route_hopper.serves(logits):
+    if on_hopper() and route_hopper.serves(logits):
         values, ids = route_hopper.choose(logits, correction_bias, config)
         return values if correction_bias is None else _scores_of(logits, ids, config), ids
     choice = _scores(logits, config)  # [T, E]

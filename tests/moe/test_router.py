@@ -196,13 +196,13 @@ def test_logits_of_many_tokens_in_bfloat16_are_those_of_float32(bits):
 def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
     scoring = {"scoring": "sigmoid", "correction_bias": True} if biased else {}
     config = dataclasses.replace(BASE, num_experts=64, **scoring)
-    x, w = (jax.random.normal(jax.random.key(i), (n, H)) for i, n in enumerate((7, 64)))
+    x, w, more_w = (jax.random.normal(jax.random.key(i), (n, H)) for i, n in enumerate((7, 64, 1032)))
     bias = jax.random.normal(jax.random.key(2), (64,)) if biased else None
-    few = dataclasses.replace(config, num_experts=60)
-    few_bias = None if bias is None else bias[:60]
+    more = dataclasses.replace(config, num_experts=1032)
+    more_bias = None if bias is None else jnp.zeros(1032)
     expected = [
         jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config),
-        route(x, w[:60], few_bias, few),
+        route(x, more_w, more_bias, more),
     ]
     calls = []
 
@@ -213,7 +213,10 @@ def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
 
     monkeypatch.setattr(router, "on_hopper", lambda: True)
     monkeypatch.setattr(router.route_hopper, "choose", recorded)
-    got = [jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config), route(x, w[:60], few_bias, few)]
+    got = [
+        jax.value_and_grad(total_weight, (0, 1), has_aux=True)(x, w, bias, config),
+        route(x, more_w, more_bias, more),
+    ]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
     assert calls == [64]
 
