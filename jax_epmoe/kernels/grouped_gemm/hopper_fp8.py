@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels import rows_hopper
+from jax_epmoe.kernels import quantize_hopper, rows_hopper
 from jax_epmoe.kernels.activations import ACTIVATIONS
 from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule, tiles
@@ -107,6 +107,8 @@ def quantized_matmul(
         num_ctas=num_sms(),
         out_dtype=out_dtype,
     )
+    if quantize_out == "group" and not padding and quantize_hopper.serves(out):
+        return quantize_hopper.quantize_groups(out, plan[schedule.NUM_ROWS, 0])
     out = out[:rows] if padding else out
     return quantize_rows(out, group_sizes, quantize_out, out_scale) if quantize_out else out
 

@@ -1,0 +1,66 @@
+"""Rows quantised in groups of 128 on Hopper: only those that there are, read once."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.device import num_sms
+from jax_epmoe.quant import BLOCK, FP8, FP8_MAX, QuantizedArray
+
+_ROWS = 64
+_CTAS = 8  # a streaming multiprocessor
+
+
+def serves(rows: jax.Array) -> bool:
+    """Whether `quantize_groups` can take `rows [R, n]`: float32, at least 64 of them, n a multiple of 128."""
+    return rows.dtype == jnp.float32 and rows.shape[0] >= _ROWS and rows.shape[1] % BLOCK == 0 and rows.size > 0
+
+
+# Under jit of its own, so that a model's layers share one trace and one compilation.
+@jax.jit
+def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
+    """What `quant.quantize(rows, "group")` gives of the first `num_rows`; what is past those, rounded up to 64, is left as it is.
+
+    Args:
+      rows: `[R, n]` float32, ones that it `serves`.
+      num_rows: an int32, at most R.
+    """
+    total, n = rows.shape
+    columns, ctas = n // BLOCK, num_sms() * _CTAS
+    i32 = jnp.int32
+
+    def kernel(rows_gmem, num_rows_gmem, values_gmem, scales_gmem, values_smem):
+        cta = lax.axis_index("cta")
+        blocks = lax.div(num_rows_gmem[0] + (_ROWS - 1), i32(_ROWS)) * columns
+
+        def body(turn, _):
+            block = turn * ctas + cta
+            row_block = lax.div(block, i32(columns))
+            column = block - row_block * columns
+            here = pl.ds(lax.min(row_block * _ROWS, total - _ROWS), _ROWS)  # the last may do some rows again
+            group = pl.ds(column * BLOCK, BLOCK)
+            values = plgpu.load(rows_gmem.at[here, group], layout=plgpu.Layout.WGMMA, optimized=False)
+            largest = jnp.max(jnp.abs(values), axis=1)
+            scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
+            scaled = values * lax.broadcast_in_dim(1 / scales, values.shape, (0,))
+            scaled = jnp.maximum(jnp.minimum(scaled, FP8_MAX), -FP8_MAX)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            values_smem[...] = scaled.astype(FP8)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(values_smem, values_gmem.at[here, group])
+            scales_gmem[column, here] = scales
+            return ()
+
+        lax.fori_loop(0, lax.div(blocks - cta + (ctas - 1), i32(ctas)), body, ())
+        plgpu.wait_smem_to_gmem(0)
+
+    values, scales = plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(rows.shape, FP8), jax.ShapeDtypeStruct((columns, total), jnp.float32)),
+        scratch_types=[plgpu.SMEM((_ROWS, BLOCK), FP8)],
+        grid=(ctas,),
+        grid_names=("cta",),
+    )(rows, num_rows.reshape(1))
+    return QuantizedArray(values, scales, "group")

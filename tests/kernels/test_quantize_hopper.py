@@ -1,0 +1,51 @@
+"""Rows quantised by the Hopper kernel without a GPU: interpreted on the CPU against the definition, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels import quantize_hopper
+from jax_epmoe.quant import quantize
+
+
+@pytest.fixture(autouse=True)
+def few_ctas(monkeypatch):
+    monkeypatch.setattr(quantize_hopper, "num_sms", lambda: 3)  # the interpreter runs one after another
+    monkeypatch.setattr(quantize_hopper, "_CTAS", 2)
+    reset_gpu_interpret_mode_state()
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(("total", "num_rows", "n"), [(200, 150, 384), (64, 64, 128), (128, 0, 128), (256, 256, 256)])
+def test_it_quantises_the_rows_that_there_are_bit_for_bit(total, num_rows, n):
+    keys = jax.random.split(jax.random.key(0), 2)
+    rows = jax.random.normal(keys[0], (total, n)) * jnp.exp(4 * jax.random.normal(keys[1], (total, 1)))
+    rows = rows.at[3].set(0).at[num_rows:].set(jnp.nan)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.tree.map(np.asarray, quantize_hopper.quantize_groups(rows, jnp.int32(num_rows)))
+    expected = quantize(rows, "group")
+    np.testing.assert_array_equal(got.scales[:, :num_rows], expected.scales[:, :num_rows])
+    np.testing.assert_array_equal(
+        got.values[:num_rows].view(np.uint8), np.asarray(expected.values[:num_rows]).view(np.uint8)
+    )
+    assert got.granularity == "group"
+
+
+def test_it_lowers_for_cuda():
+    rows, num_rows = jax.ShapeDtypeStruct((49152, 1536), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = quantize_hopper.quantize_groups.trace(rows, num_rows).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_what_is_served():
+    def of(*shape, dtype=jnp.float32):
+        return quantize_hopper.serves(jax.ShapeDtypeStruct(shape, dtype))
+
+    assert of(64, 128)
+    assert not of(56, 128)
+    assert not of(64, 192)
+    assert not of(64, 128, dtype=jnp.bfloat16)
