@@ -24,6 +24,7 @@ from jax_epmoe.kernels.grouped_gemm.tuning import SHARED_MEMORY_LIMIT, Tiling
 from jax_epmoe.quant import BLOCK, FP8, Granularity, QuantizedArray
 
 _CONSUMERS = 2
+_APART = (112,)  # heights at which ptxas spills otherwise
 _OUTPUTS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -226,15 +227,15 @@ def _run(
                 first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
 
                 def weight_scales(k_step):
-                    """Of one step, a scalar for each promotion of each of `whole`."""
+                    """Of one step, a scalar for each promotion of each part."""
                     if scaled_at_the_end:
                         return ()
-                    last = ws_gmem.shape[2] - 1  # columns past n lie in no block
-                    at = [lax.min(lax.div(first_column + block * 64, i32(BLOCK)), last) for block in range(blocks)]
+                    # A warpgroup's columns lie in one block of weights; those past n in none.
+                    block = lax.min(lax.div(first_column, i32(BLOCK)), ws_gmem.shape[2] - 1)
                     return tuple(
-                        ws_gmem[tile.expert, part, at[block], k_block(k_step, i)]
+                        ws_gmem[tile.expert, part, block, k_block(k_step, i)]
                         for i in range(promotions)
-                        for part, block in whole
+                        for part in range(parts)
                     )
 
                 def along_rows(values, height):
@@ -253,6 +254,8 @@ def _run(
                             if not scaled_at_the_end:
                                 own = xs_smem.at[stage, promotion, pl.ds(0, height)]
                                 of_rows = plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                                if parts == 1:  # the same for both blocks
+                                    of_rows = of_rows * of_weights[promotion]
                             new = []
                             for i, (part, block) in enumerate(whole):
                                 columns = pl.ds(warpgroup * own_columns + block * 64, 64)
@@ -262,12 +265,15 @@ def _run(
                                     plgpu.wgmma(accumulator, weights, rows_smem.T)
                                     return accumulator[...]
 
-                                product = pl.run_scoped(one, plgpu.ACC((64, height), f32))
+                                run = functools.partial(pl.run_scoped, one, plgpu.ACC((64, height), f32))
+                                # Behind a branch ptxas does not share its zeros with the next accumulator's, by moves.
+                                apart = parts == 1 and i == 0 and height in _APART
+                                product = lax.cond(tile.expert >= 0, run, lambda: zeros) if apart else run()
                                 if (promotion, i) == (promotions - 1, len(whole) - 1):
                                     plgpu.barrier_arrive(empty.at[stage])
                                 if of_rows is not None:
-                                    scale = of_weights[promotion * len(whole) + i]
-                                    product = product * along_rows(of_rows * scale, height)
+                                    scale = of_rows if parts == 1 else of_rows * of_weights[promotion * parts + part]
+                                    product = product * along_rows(scale, height)
                                 new.append(sums[i] + product)
                             sums = new
                         return tuple(sums), following
