@@ -4,13 +4,16 @@ XLA names the instruction that each of a profile's events ran (`hlo_op`), and th
 each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
 compiled `ONE_BY_ONE`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
 it once XLA's has run.
+
+With several devices, times are each device's own. A collective's kernel also waits for the last device to come: see `collective_us`.
 """
 
 import collections
+import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,9 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (async|{'|'.join(_KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Event(NamedTuple):
@@ -33,6 +39,22 @@ class Event(NamedTuple):
     op: str
     start_ns: float
     duration_ns: float
+
+
+# The lines of one device: a GPU's streams.
+Lines = list[list[Event]]
+
+
+class Collective(NamedTuple):
+    """What an instruction exchanges: `bytes` of the whole array, which all devices together hold or get."""
+
+    kind: str
+    bytes: int
+
+    def sent(self, devices: int) -> float:
+        """Bytes that each device sends, in a ring."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.bytes * (devices - 1) / devices
 
 
 # For `compile`: no CUDA graphs.
@@ -70,7 +92,18 @@ def measure(
 
 
 def kernel_us(call: Callable[[], Any], calls: int) -> dict[str, float]:
-    """Microseconds of one of `calls` calls that each instruction's kernels take; no gaps.
+    """Microseconds of one of `calls` calls that each instruction's kernels take, the mean over devices; no gaps.
+
+    Raises:
+      RuntimeError: the profile has no event that tells its instruction.
+    """
+    devices = record(call, calls)
+    total = divide(line for device in devices for line in device)
+    return {name: us / calls / len(devices) for name, us in total.items()}
+
+
+def record(call: Callable[[], Any], calls: int) -> list[Lines]:
+    """Each device's profile of `calls` calls.
 
     Raises:
       RuntimeError: the profile has no event that tells its instruction.
@@ -82,23 +115,25 @@ def kernel_us(call: Callable[[], Any], calls: int) -> dict[str, float]:
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready([call() for _ in range(calls)])
         profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in Path(folder).rglob("*.xplane.pb")]
-    total = divide(line for profile in profiles for line in lines(profile))
-    if not total:
+    found = [device for profile in profiles for device in device_lines(profile) if any(device)]
+    if not found:
         raise RuntimeError("the profile has no event that tells its instruction")
-    return {name: us / calls for name, us in total.items()}
+    return found
 
 
-def lines(profile: Any) -> Iterable[list[Event]]:
-    """The lines of a profile whose events tell their instructions: a GPU's streams, or, without a GPU, the CPU's threads."""
+def device_lines(profile: Any) -> list[Lines]:
+    """Of each GPU in a profile, the streams' events that tell their instructions; without a GPU, the CPU's threads as one device."""
     gpus = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
-    for plane in gpus or profile.planes:
-        for line in plane.lines:
-            if gpus and not line.name.startswith("Stream"):
-                continue  # the same again, summed up
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
-                told = [(event, dict(event.stats).get("hlo_op")) for event in line.events]
-            yield [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
+    if gpus:  # a plane's other lines hold the same again, summed up
+        return [[_told(line) for line in plane.lines if line.name.startswith("Stream")] for plane in gpus]
+    return [[_told(line) for plane in profile.planes for line in plane.lines]]
+
+
+def _told(line: Any) -> list[Event]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
+        told = [(event, dict(event.stats).get("hlo_op")) for event in line.events]
+    return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
@@ -141,3 +176,48 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
         if votes:
             own[name] = votes.most_common(1)[0][0]
     return own
+
+
+def collectives(hlo: str, devices: int) -> dict[str, Collective]:
+    """The collectives among a compiled program's instructions, those that start one included; all are over `devices`."""
+    found = {}
+    for line in hlo.splitlines():
+        if not (match := _COLLECTIVE.match(line)):
+            continue
+        name, arrays, opcode, starts = match.groups()
+        kind = next((kind for kind in _KINDS if kind in (opcode if opcode != "async" else name)), None)
+        if kind is None:
+            continue
+        # Of a start: what goes in, then what comes out. An all-reduce's has but what comes out.
+        both = starts and not (opcode == kind == "all-reduce")
+        size = sum(_bytes(*array) for array in _ARRAY.findall(arrays) if array[2] or not starts)
+        if kind in ("all-gather", "reduce-scatter"):
+            whole = size * devices // (devices + 1) if both else size * (devices if kind == "reduce-scatter" else 1)
+        else:
+            whole = size // 2 if both else size
+        found[name] = Collective(kind, whole)
+    return found
+
+
+def _bytes(dtype: str, bits: str, shape: str) -> int:
+    size = 1 if dtype == "pred" else max(int(bits) // 8, 1)
+    return size * math.prod(int(n) for n in shape.split(",") if n)
+
+
+def collective_us(devices: Sequence[Lines], ops: Container[str]) -> dict[str, tuple[float, float]]:
+    """Of each of `ops` that ran: microseconds, and of waiting, summed over its runs.
+
+    A run's time is that on the device where it took the shortest, the last to come; what it took longer on the others, on the
+    mean over devices, they waited.
+    """
+    runs: list[dict[str, list[float]]] = []
+    for lines in devices:
+        own: dict[str, list[float]] = collections.defaultdict(list)
+        for event in sorted((event for line in lines for event in line if event.op in ops), key=lambda e: e.start_ns):
+            own[event.op].append(event.duration_ns / 1e3)
+        runs.append(own)
+    result = {}
+    for op in {op: None for own in runs for op in own}:
+        same = list(zip(*(own.get(op, []) for own in runs), strict=False))
+        result[op] = (sum(map(min, same)), sum(sum(run) / len(run) - min(run) for run in same))
+    return result

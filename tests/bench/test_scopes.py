@@ -80,7 +80,7 @@ def test_a_recorded_profile_is_divided_over_the_scopes():
 
 
 def test_without_a_profile_the_whole_is_told_alone(monkeypatch, capsys):
-    monkeypatch.setattr(scopes, "lines", lambda profile: [])
+    monkeypatch.setattr(scopes, "device_lines", lambda profile: [[]])
     x = jnp.ones((8, 8))
     call = partial(jax.jit(layer).lower(x).compile(), x)
     measured = scopes.measure(call, call, "", 2, NAMES)
@@ -107,7 +107,7 @@ def test_of_a_gpus_profile_only_the_streams_count():
             ),
         )
 
-    assert list(scopes.lines(Profile)) == [[Event("custom-call.2", 0, 5)]]
+    assert scopes.device_lines(Profile) == [[[Event("custom-call.2", 0, 5)]]]
 
 
 def _event(op):
