@@ -44,7 +44,20 @@ from bench.environment import environment, result_path
 from bench.layer_tables import MOE_SCOPES, OTHER
 from bench.roofline import failure
 from bench.sharded_decoder import (
-    DECODE, LOADS, ONE, PREFILL, VARIANTS, Loads, Mode, Running, ShardedDecoder, Step, exchanges, modes, reduced,
+    DECODE,
+    LOADS,
+    ONE,
+    PREFILL,
+    VARIANTS,
+    Loads,
+    Mode,
+    Running,
+    ShardedDecoder,
+    Step,
+    Variant,
+    exchanges,
+    modes,
+    reduced,
 )  # fmt: skip
 from bench.timing import stream_us
 from jax_epmoe import make_mesh
@@ -52,7 +65,7 @@ from jax_epmoe import make_mesh
 CONFIG = Path(__file__).resolve().parent / "configs" / "deepseek-coder-v2"
 BF16 = "bf16"
 PARTS = ("attention", *MOE_SCOPES)
-_SECONDS = 0.3  # of calls that are timed together
+_SECONDS = 0.15  # of calls that are timed together
 _PROFILED = 4  # calls
 
 
@@ -84,18 +97,38 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, nargs="*", default=[64, 256, 1024], metavar="TOKENS")
     parser.add_argument("--prompt-length", type=int, default=1024)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--zipf", type=int, nargs="*", default=[8192, 256], metavar="TOKENS", help="also with a Zipf load")
+    parser.add_argument(
+        "--zipf", type=int, nargs="*", default=[8192, 256], metavar="TOKENS", help="also with a Zipf load"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="ways to compile a step")
+    parser.add_argument(
+        "--xla", nargs="+", default=[], metavar="NAME:FLAG=VALUE,...", help="further variants: XLA's flags, without --"
+    )
     parser.add_argument("--no-links", action="store_true", help="do not measure collectives alone")
     parser.add_argument("--add", action="store_true", help="to what the output file holds; what it has is left out")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start nothing after")
     parser.add_argument("--jobs", type=int, default=min(32, os.cpu_count() or 1), help="programs to compile at a time")
-    parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after devices and their number")
+    parser.add_argument(
+        "--output", type=Path, help="default: a file in bench/results/ named after devices and their number"
+    )
     parser.add_argument("--check", action="store_true", help="logits on all devices against one device's, small models")
     parser.add_argument("--processes", type=int, default=1, help="with --check: so many processes of this host")
     parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for text in args.xla:
+        name, _, options = text.partition(":")
+        try:
+            VARIANTS[name] = Variant(dict(_flag(option) for option in options.split(",")))
+        except ValueError:
+            parser.error(f"--xla has {text!r}; it should be NAME:FLAG=VALUE,FLAG=VALUE")
+        args.variants = [*args.variants, name]
+    return args
+
+
+def _flag(option: str) -> tuple[str, Any]:
+    name, value = option.split("=")
+    return name, {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
 
 
 def output_path(args: argparse.Namespace, devices: int) -> Path:
@@ -136,14 +169,16 @@ class Bench:
             "prompt_length": args.prompt_length, "context": args.context, "nvlink_multicast": False,
             "links": [], "rows": [], "check": [],
         }  # fmt: skip
-        if args.add and self.output.exists():
-            before = json.loads(self.output.read_text())
-            for key in ("device", "devices", "model", "layers", "dtype", "prompt_length", "context"):
-                if before[key] != result[key]:
-                    raise ValueError(f"--add: {key} is {result[key]!r}; it should be {before[key]!r} as in {self.output}")
+        before = json.loads(self.output.read_text()) if self.output.exists() else {"rows": [], "check": []}
+        if args.add and before["rows"]:
+            for name in ("device", "devices", "model", "layers", "dtype", "prompt_length", "context"):
+                if before[name] != result[name]:
+                    raise ValueError(
+                        f"--add: {name} is {result[name]!r}; it should be {before[name]!r} as in {self.output}"
+                    )
             before["command"] += f"; {result['command']}"
             return before
-        return result
+        return result | {"check": before["check"]}
 
     def run(self) -> None:
         try:
@@ -167,7 +202,9 @@ class Bench:
             try:
                 found = exchanges(self.mesh, tokens, self.config.hidden_size, self.dtype)
                 for kind, (program, x) in found.items():
-                    self.result["links"].append({"kind": kind, "tokens": tokens, **self.link(program.lower(x).compile(), x)})
+                    self.result["links"].append(
+                        {"kind": kind, "tokens": tokens, **self.link(program.lower(x).compile(), x)}
+                    )
             except Exception as error:  # memory, or devices that do not divide so few tokens
                 self.result["links"].append({"kind": "all", "tokens": tokens, **failure(error)})
         roofline.save(self.result, self.output)
@@ -209,10 +246,18 @@ class Bench:
                 tqdm.write(f"{mode.name}: {failure(error)['failed']}")
 
     def rows(self, mode: Mode, quantize: str) -> list[dict[str, Any]]:
-        """What to measure, without results; a default build's Zipf rows follow the balanced ones."""
-        named = {"quantize": quantize, "mode": mode.name, **dict(zip(("tp_size", "ep_size", "dp_attention"), mode[1:], strict=True))}
-        cases = [(step, LOADS[0], variant) for step in self.steps for variant in self.args.variants]
-        cases += [(step, LOADS[1], variant) for step, _, variant in cases if step.tokens in self.args.zipf]
+        """What to measure, without results."""
+        named = {
+            "quantize": quantize,
+            "mode": mode.name,
+            **dict(zip(("tp_size", "ep_size", "dp_attention"), mode[1:], strict=True)),
+        }
+        cases = [
+            (step, load, variant)
+            for step in self.steps
+            for variant in self.args.variants
+            for load in (LOADS if step.tokens in self.args.zipf else LOADS[:1])
+        ]
         return [
             {**named, "phase": step.phase, "tokens": step.tokens, "load": load, "variant": variant}
             for step, load, variant in cases
@@ -241,18 +286,23 @@ class Compiled:
         )  # fmt: skip
         self.weights: Future = bench.pool.submit(lambda: self.model.lower_weights().compile())
         self.programs: dict[tuple[Step, str], Future] = {}
+        self.caches: dict[tuple[Step, int], Future] = {}
+        self.running: tuple[Any, Running] | None = None
         lowered: dict[tuple[Step, int], Future] = {}
         for row in rows:
             step, batches = self.step(row), VARIANTS[row["variant"]].batches
             if (step, batches) not in lowered:
                 lowered[step, batches] = bench.pool.submit(self.model.lower_step, step, batches)
+                self.caches[step, batches] = bench.pool.submit(
+                    lambda *case: self.model.lower_caches(*case).compile(), step, batches
+                )
         for row in rows:
             step, variant = self.step(row), VARIANTS[row["variant"]]
             if (step, row["variant"]) not in self.programs:
                 self.programs[step, row["variant"]] = bench.pool.submit(
                     self.compile, lowered[step, variant.batches], variant.options
                 )
-        self.futures = [self.weights, *self.programs.values()]
+        self.futures = [self.weights, *self.caches.values(), *self.programs.values()]
 
     def step(self, row: dict[str, Any]) -> Step:
         (found,) = (step for step in self.bench.steps if (step.phase, step.tokens) == (row["phase"], row["tokens"]))
@@ -273,16 +323,26 @@ class Compiled:
         )
         for row in rows:
             if time.monotonic() > deadline:
-                return
+                break
             try:
                 yield {**row, **self.row(weights, row)}
             except Exception as error:
+                self.running = None
                 yield {**row, **failure(error)}
+        self.running = None
+
+    def arrays(self, weights: list[jax.Array], step: Step, batches: int) -> Running:
+        """Those of the last row, if it was the same step."""
+        if self.running is None or self.running[0] != (step, batches):
+            self.running = None
+            caches = self.caches[step, batches].result()()
+            self.running = (step, batches), Running(self.model, weights, caches, step)
+        return self.running[1]
 
     def row(self, weights: list[jax.Array], row: dict[str, Any]) -> dict[str, Any]:
         step, variant = self.step(row), VARIANTS[row["variant"]]
         program, profiled = self.programs[step, row["variant"]].result()
-        running = Running(self.model, weights, step, variant.batches)
+        running = self.arrays(weights, step, variant.batches)
         running.use(row["load"])
         run, run_profiled = (partial(running.run, each) for each in (program, profiled))
         timed = stream_us(run, calls_of(run))
@@ -336,10 +396,12 @@ class Profile:
 
     def __init__(self, call: Callable[[], Any], hlo: str, devices: int, num_layers: int) -> None:
         recorded = scopes.record(call, _PROFILED)
-        # Without GPUs all devices are one.
-        calls = _PROFILED * devices // len(recorded)
+        calls = _PROFILED * (devices if len(recorded) == 1 else 1)  # without GPUs all devices are one
         self.devices = devices
         self.what = scopes.collectives(hlo, devices)
+        # Kernels that do not tell which instruction's they are count as no layer's.
+        unknown = {event.op for lines in recorded for line in lines for event in line if event.op.startswith("nccl")}
+        self.what |= {op: scopes.Collective("unknown", 0) for op in unknown}
         names = [f"layer_{i}" for i in range(num_layers)]
         layer_of, part_of = scopes.scopes(hlo, names), scopes.scopes(hlo, (*PARTS, "head"))
         self.layer_of = {op: names.index(name) for op, name in layer_of.items()}
@@ -376,7 +438,9 @@ class Profile:
             "parts": {part: us for part, us in parts.items() if us > 0},
             "slowest_parts": of_devices[int(np.argmax(compute))],
             "compute_us": compute,
-            "outside_layers_us": float(np.mean([sum(us for (i, _), us in own.items() if i is None) for own in self.times])),
+            "outside_layers_us": float(
+                np.mean([sum(us for (i, _), us in own.items() if i is None) for own in self.times])
+            ),
             "collectives": [
                 {"kind": what.kind, "count": len(each) / count, **rate(what, sum(each) / len(each), self.devices)}
                 for what, each in exchanged.items()

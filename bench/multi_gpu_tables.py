@@ -31,7 +31,7 @@ def row_line(row: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    sections = [head(result), links(result), *_rows(result), ratios(result), checks(result)]
+    sections = [head(result), links(result), *_rows(result), ratios(result), variants(result), checks(result)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -125,26 +125,54 @@ def ratios(result: dict[str, Any]) -> str:
             rates[a] / rates[b] if a in rates and b in rates else None
         )
         quantize, phase, tokens, load = case
-        pairs = [("EP", "TP"), ("EP+DP", "TP+DP"), ("hybrid", "TP"), ("hybrid+DP", "TP+DP"), ("TP+DP", "TP"), ("EP+DP", "EP")]
+        pairs = [
+            ("EP", "TP"),
+            ("EP+DP", "TP+DP"),
+            ("hybrid", "TP"),
+            ("hybrid+DP", "TP+DP"),
+            ("TP+DP", "TP"),
+            ("EP+DP", "EP"),
+        ]
         lines.append(
             f"{f'{quantize}, {phase} {tokens}, {load}':34}"
             + "".join(number(over(*pair), width, ".2f") for pair, width in zip(pairs, (9, 9, 10, 9, 9, 9), strict=True))
-            + "".join(number(over(mode, "ideal"), width, ".0%") for mode, width in (("EP", 13), ("EP+DP", 8), ("TP", 8), ("TP+DP", 8)))
+            + "".join(
+                number(over(mode, "ideal"), width, ".0%")
+                for mode, width in (("EP", 13), ("EP+DP", 8), ("TP", 8), ("TP+DP", 8))
+            )
         )
     return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def variants(result: dict[str, Any]) -> str:
+    """How many times as fast as the default build each other one is, by a step's time."""
+    steps = {(_case(row), row["mode"], row["variant"]): row["step_us"] for row in result["rows"] if "failed" not in row}
+    others = list(dict.fromkeys(variant for _, _, variant in steps if variant != "default"))
+    if not others:
+        return ""
+    lines = [f"{'step time, default / this':46}" + "".join(f"{name:>16}" for name in others)]
+    for case, mode in dict.fromkeys((case, mode) for case, mode, variant in steps if variant in others):
+        default = steps.get((case, mode, "default"))
+        quantize, phase, tokens, load = case
+        line = f"{f'{quantize} {mode}, {phase} {tokens}, {load}':46}"
+        for name in others:
+            us = steps.get((case, mode, name))
+            line += number(default / us if default and us else None, 16, ".3f")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def checks(result: dict[str, Any]) -> str:
     """Logits on several devices against float32 on one."""
     if not result["check"]:
         return ""
-    lines = [f"logits, error against float32 on one device  {'one':>10}{'all':>10}{'all / one device':>18}"]
+    lines = [f"{'logits, error against float32 on one device':45}{'of one':>10}{'of all':>10}{'all - one':>11}"]
     for check in result["check"]:
         line = f"{check['format']} {check['mode']}, {check['processes']} process{'es' * (check['processes'] > 1)}"
         lines.append(
             f"{line:45}{check['failed']}"
             if "failed" in check
-            else f"{line:45}{check['error_of_one']:10.1e}{check['error']:10.1e}{check['difference']:18.1e}"
+            else f"{line:45}{check['error_of_one']:10.1e}{check['error']:10.1e}{check['difference']:11.1e}"
             + ("" if check["right"] else "  WRONG")
         )
     return "\n".join(lines)

@@ -132,8 +132,13 @@ def device_lines(profile: Any) -> list[Lines]:
 def _told(line: Any) -> list[Event]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
-        told = [(event, dict(event.stats).get("hlo_op")) for event in line.events]
+        told = [(event, dict(event.stats).get("hlo_op") or _library_op(event.name)) for event in line.events]
     return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
+
+
+def _library_op(kernel: str) -> str | None:
+    """NCCL's kernels are somebody's, told or not."""
+    return kernel if kernel.startswith("nccl") else None
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:

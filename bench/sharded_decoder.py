@@ -9,7 +9,6 @@ token's id decides which experts it goes to, in every layer. Nothing else in the
 
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +24,14 @@ from bench import layers
 from jax_epmoe.checkpoint import _with_routers_of, abstract_model
 from jax_epmoe.config import ModelConfig, require
 from jax_epmoe.mesh import TP_AXES
+from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.families import read_config
 from jax_epmoe.quant import FP8, Quantization
 from jax_epmoe.quantized_parameters import _SCALE, _SPREAD
 
 LOADS = ("balanced", "zipf")
 _LOUD = 256.0
+_QUIET = 0.1  # without loads: what layers add is most of what comes out
 PREFILL, DECODE = "prefill", "decode"
 
 
@@ -129,12 +130,10 @@ class ShardedDecoder:
         dtype = jnp.dtype(dtype)
         self.config, self.mode, self.dtype, self.loads = config, mode, dtype, loads
         self.mesh = ep.make_mesh(mode.tp_size, mode.ep_size, devices=devices)
-        graphdef, state = abstract_model(
-            config, self.mesh, dtype, None, mode.dp_attention, Quantization(quantization)
-        )
+        graphdef, state = abstract_model(config, self.mesh, dtype, None, mode.dp_attention, Quantization(quantization))
         self._state = _with_routers_of(state, dtype, dtype)
         self._graphdef = graphdef
-        self._leaves, self._tree = jax.tree.flatten(self._state)
+        self.leaves, self._tree = jax.tree.flatten(self._state)
         self._model = nnx.merge(graphdef, self._state)
         self.everywhere = NamedSharding(self.mesh, P())
 
@@ -146,7 +145,7 @@ class ShardedDecoder:
             state = nnx.map_state(lambda keys, leaf: leaf.replace(_draw(keys, leaf.get_value(), logits)), self._state)
             return jax.tree.leaves(state)
 
-        return jax.jit(draw, out_shardings=[leaf.sharding for leaf in self._leaves]).lower(logits)
+        return jax.jit(draw, out_shardings=[leaf.sharding for leaf in self.leaves]).lower(logits)
 
     def weights(self, program: Callable) -> list[jax.Array]:
         logits = None if self.loads is None else self.loads.logits.astype(np.float32)
@@ -155,9 +154,7 @@ class ShardedDecoder:
     @property
     def weight_bytes(self) -> int:
         """Of each device."""
-        return sum(
-            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in self._leaves
-        )
+        return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in self.leaves)
 
     def abstract_caches(self, step: Step, batches: int = 1) -> list[Any]:
         """For each batch that a step is cut into, each layer's cache."""
@@ -180,7 +177,7 @@ class ShardedDecoder:
             return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.everywhere)
 
         def run(weights, caches, tokens, start, num_tokens):
-            model = nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
+            model = self.merged(weights)
             parts = zip(caches, *(jnp.split(array, batches) for array in (tokens, start, num_tokens)), strict=True)
             done = [self._run(model, step.phase == PREFILL, *part) for part in parts]
             caches, out, loads = zip(*done, strict=True)
@@ -189,13 +186,25 @@ class ShardedDecoder:
         of_caches = jax.tree.map(lambda array: array.sharding, caches)
         jitted = jax.jit(run, donate_argnums=1, out_shardings=(of_caches, self.everywhere, None))
         columns = step.length if step.phase == PREFILL else 1
-        return jitted.lower(self._leaves, caches, put(step.batch, columns), put(step.batch), put(step.batch))
+        return jitted.lower(self.leaves, caches, put(step.batch, columns), put(step.batch), put(step.batch))
 
     @staticmethod
     def _run(model, is_start, caches, tokens, start, num_tokens):
         hidden, caches, load = model._run(tokens, start, caches, num_tokens, is_start)
         with jax.named_scope("head"):
             return caches, jnp.argmax(model.logits(hidden[:, -1]), axis=-1), load
+
+    def lower_caches(self, step: Step, batches: int = 1) -> jax.stages.Lowered:
+        """The program that draws what caches hold."""
+        abstract = self.abstract_caches(step, batches)
+
+        def draw() -> Any:
+            return jax.tree.map(lambda array: _normal(1, array.shape).astype(array.dtype), abstract)
+
+        return jax.jit(draw, out_shardings=jax.tree.map(lambda array: array.sharding, abstract)).lower()
+
+    def merged(self, weights: list[jax.Array]) -> Decoder:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, weights))
 
     def put(self, value: np.ndarray) -> jax.Array:
         """On every device, of every process."""
@@ -205,17 +214,12 @@ class ShardedDecoder:
 class Running:
     """A step's arrays; `run(program)` is the next call of one of its programs."""
 
-    def __init__(self, model: ShardedDecoder, weights: list[jax.Array], step: Step, batches: int = 1) -> None:
-        self._model, self._weights, self._step = model, weights, step
-        abstract = model.abstract_caches(step, batches)
-        shardings = jax.tree.map(lambda array: array.sharding, abstract)
-        draw = partial(jax.tree.map, lambda array: _normal(1, array.shape).astype(array.dtype), abstract)
-        self.caches = jax.jit(draw, out_shardings=shardings)()
-        start = 0 if step.phase == PREFILL else step.length - 1
-        columns = step.length if step.phase == PREFILL else 1
+    def __init__(self, model: ShardedDecoder, weights: list[jax.Array], caches: list[Any], step: Step) -> None:
+        self._model, self._weights, self._step, self.caches = model, weights, step, caches
+        start, columns = (0, step.length) if step.phase == PREFILL else (step.length - 1, 1)
         self._start = model.put(np.full(step.batch, start, np.int32))
         self._num_tokens = model.put(np.full(step.batch, columns, np.int32))
-        self.load: Any = None
+        self.load: Any = None  # rows of each expert of each MoE layer, in the last call
 
     def use(self, load: str) -> None:
         assert self._model.loads is not None
@@ -241,7 +245,9 @@ def _draw(keys: Sequence[Any], leaf: jax.ShapeDtypeStruct, logits: jax.Array | N
         values = _SPREAD * _normal(seed, shape)
     elif keys[-2:] == ("embed", "table"):
         values = _normal(seed, shape)
-        if logits is not None:
+        if logits is None:
+            values *= _QUIET
+        else:
             rows = jnp.minimum(jnp.arange(shape[0]), len(logits) - 1)
             values = _LOUD * jnp.concatenate([logits[rows], values[:, logits.shape[1] :]], axis=1)
     elif keys[-2:] == ("router", "weight") and logits is not None:

@@ -39,7 +39,8 @@ def test_without_a_hopper_gpu_it_says_so_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("olmoe-1b-7b", 6.92), ("qwen3-30b-a3b", 30.53), ("deepseek-v2-lite", 15.71), ("deepseek-coder-v2", 235.74)]
+    ("name", "billions"),
+    [("olmoe-1b-7b", 6.92), ("qwen3-30b-a3b", 30.53), ("deepseek-v2-lite", 15.71), ("deepseek-coder-v2", 235.74)],
 )
 def test_configs_have_as_many_parameters_as_published(name, billions):
     shapes = parameter_shapes(read_config(decode_step.CONFIGS / name)).values()

@@ -112,4 +112,4 @@ def test_of_a_gpus_profile_only_the_streams_count():
 
 def _event(op):
     stats = [("hlo_module", "jit_layer"), *([("hlo_op", op)] if op else [])]
-    return type("E", (), {"start_ns": 0, "duration_ns": 5, "stats": stats})
+    return type("E", (), {"name": "kernel", "start_ns": 0, "duration_ns": 5, "stats": stats})
