@@ -179,7 +179,7 @@ def checks(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws, of the first format and load: tokens a second of each mode (above), and where a layer's time goes (below).
+    """Draws, of the first load and for each format: tokens a second of each mode, and below where a layer's time goes.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -189,35 +189,37 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    quantize, _, _, load = _case(result["rows"][0])
-    rows = [
-        row for row in result["rows"]
-        if (row["quantize"], row["load"], row["variant"]) == (quantize, load, "default") and "failed" not in row
-    ]  # fmt: skip
+    load = result["rows"][0]["load"]
+    rows = [row for row in result["rows"] if (row["load"], row["variant"]) == (load, "default") and "failed" not in row]
+    formats = list(dict.fromkeys(row["quantize"] for row in rows))
     cases = list(dict.fromkeys((row["phase"], row["tokens"]) for row in rows))
+    height, width = 2 * len(formats), len(cases)
     figure, panels = pyplot.subplots(
-        2, len(cases), figsize=(3.2 * len(cases) + 1.5, 7), layout="constrained", squeeze=False
+        height, width, figsize=(3.2 * width + 1.5, 3.3 * height + 0.5), layout="constrained", squeeze=False
     )
     colors = dict(zip(PARTS, pyplot.colormaps["tab20"].colors, strict=False))
-    for (phase, tokens), (above, below) in zip(cases, panels.T, strict=True):
-        shown = [row for row in rows if (row["phase"], row["tokens"]) == (phase, tokens)]
-        names = [row["mode"] for row in shown]
-        above.bar(names, [rate(row) for row in shown], color=["0.6" if name == ONE else "tab:blue" for name in names])
-        above.set_title(f"{phase} {tokens}", fontsize=10)
-        bottoms = [0.0] * len(shown)
-        for part in PARTS:
-            heights = [row.get("parts", {}).get(part, 0.0) for row in shown]
-            below.bar(names, heights, bottom=bottoms, color=colors[part], label=_SHORT.get(part, part))
-            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        for axes in (above, below):
-            axes.tick_params(axis="x", labelrotation=60, labelsize=8)
-            axes.tick_params(axis="y", labelsize=8)
-    panels[0][0].set_ylabel(f"tokens/s, {result['model_layers']} layers (extrapolated)", fontsize=9)
-    panels[1][0].set_ylabel("a layer with experts, us", fontsize=9)
+    for at, quantize in enumerate(formats):
+        for (phase, tokens), (above, below) in zip(cases, panels[2 * at : 2 * at + 2].T, strict=True):
+            shown = [row for row in rows if (row["quantize"], row["phase"], row["tokens"]) == (quantize, phase, tokens)]
+            names = [row["mode"] for row in shown]
+            above.bar(
+                names, [rate(row) for row in shown], color=["0.6" if name == ONE else "tab:blue" for name in names]
+            )
+            above.set_title(f"{quantize}, {phase} {tokens}", fontsize=10)
+            bottoms = [0.0] * len(shown)
+            for part in PARTS:
+                heights = [row.get("parts", {}).get(part, 0.0) for row in shown]
+                below.bar(names, heights, bottom=bottoms, color=colors[part], label=_SHORT.get(part, part))
+                bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+            for axes in (above, below):
+                axes.tick_params(axis="x", labelrotation=60, labelsize=8)
+                axes.tick_params(axis="y", labelsize=8)
+        panels[2 * at][0].set_ylabel(f"tokens/s, {result['model_layers']} layers (extrapolated)", fontsize=9)
+        panels[2 * at + 1][0].set_ylabel("a layer with experts, us", fontsize=9)
     handles, labels = panels[1][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", fontsize=8)
     figure.suptitle(
-        f"{result['model']}, {result['layers']} layers run, {quantize}, {load} load, {result['devices']} x {result['device']}; "
+        f"{result['model']}, {result['layers']} layers run, {load} load, {result['devices']} x {result['device']}; "
         f"one device has 1/{result['devices']} of the tokens",
         fontsize=10,
     )
