@@ -22,63 +22,49 @@ off (NCCL_NVLS_ENABLE=0).
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import sys
+import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from bench import multi_gpu_tables as tables
 from bench import roofline, scopes
 from bench.environment import environment, result_path
-from bench.layer_tables import MOE_SCOPES, OTHER
+from bench.multi_gpu_mode import BF16, ModeBench, Profile, Row, Setting, rate
+from bench.multi_gpu_workers import Worker, serve
 from bench.roofline import failure
-from bench.sharded_decoder import (
-    DECODE,
-    LOADS,
-    ONE,
-    PREFILL,
-    VARIANTS,
-    Loads,
-    Mode,
-    Running,
-    ShardedDecoder,
-    Step,
-    Variant,
-    exchanges,
-    modes,
-    reduced,
-)  # fmt: skip
+from bench.sharded_decoder import VARIANTS, Mode, Variant, exchanges
 from bench.timing import stream_us
-from jax_epmoe import make_mesh
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "deepseek-coder-v2"
-BF16 = "bf16"
-PARTS = ("attention", *MOE_SCOPES)
-_SECONDS = 0.15  # of calls that are timed together
-_PROFILED = 4  # calls
+_FOR_COMPILING = 0.6  # of the time that is left
 
 
 def main() -> int:
     # An NCCL that uses multicast can put a host's GPUs out of service for all who share it.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPUs
     args = _arguments()
     if args.check or args.processes > 1:
         from bench import multi_gpu_check
 
         return multi_gpu_check.run(args)
     try:
-        Bench(args).run()
+        setting = Setting(args)
+        if args.worker:
+            serve(setting)
+        else:
+            Bench(setting).run()
     except ValueError as error:
         print(f"bench.multi_gpu: {error}", file=sys.stderr)
         return 2
@@ -107,12 +93,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-links", action="store_true", help="do not measure collectives alone")
     parser.add_argument("--add", action="store_true", help="to what the output file holds; what it has is left out")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start nothing after")
-    parser.add_argument("--jobs", type=int, default=min(32, os.cpu_count() or 1), help="programs to compile at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=min(12, os.cpu_count() or 1), help="programs that a process compiles at a time"
+    )
     parser.add_argument(
         "--output", type=Path, help="default: a file in bench/results/ named after devices and their number"
     )
     parser.add_argument("--check", action="store_true", help="logits on all devices against one device's, small models")
     parser.add_argument("--processes", type=int, default=1, help="with --check: so many processes of this host")
+    parser.add_argument(
+        "--one-process", action="store_true", help="no process for each mode: slower, but for tiny models"
+    )
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,55 +131,37 @@ def output_path(args: argparse.Namespace, devices: int) -> Path:
 class Bench:
     """One run: what it was asked for and what it has seen."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.deadline = args, time.monotonic() + args.time_limit
-        self.devices = args.devices or jax.device_count()
-        if self.devices < 2:
-            raise ValueError(f"--devices is {self.devices}; it should be at least 2, of those that JAX has")
-        self.mesh = make_mesh(self.devices, self.devices)  # refuses too many
-        self.whole, self.config = reduced(args.model, args.layers)
-        self.output = output_path(args, self.devices)
-        known = modes(self.devices)
-        wrong = [name for name in args.modes or [] if name not in known]
-        if wrong:
-            raise ValueError(f"--modes has {wrong[0]!r}; it should be of {', '.join(known)} on {self.devices} devices")
-        # XLA on a CPU has no bfloat16 products of the kind that decoding with MLA takes.
-        self.dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        self.modes = [mode for mode in known.values() if mode.name in (args.modes or known)]
-        self.steps = [Step(PREFILL, tokens, args.prompt_length) for tokens in args.prefill]
-        self.steps += [Step(DECODE, tokens, args.context) for tokens in args.decode]
-        self.loads = Loads(self.config, max(step.tokens for step in self.steps))
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.args = setting, setting.args
+        self.deadline = time.monotonic() + self.args.time_limit
+        self.output = output_path(self.args, setting.devices)
         self.result = self.start()
-        self.pool = ThreadPoolExecutor(args.jobs)
 
     def start(self) -> dict[str, Any]:
-        config, args = self.config, self.args
+        setting, args = self.setting, self.args
         result: dict[str, Any] = {
-            "format": 1, **environment(), "devices": self.devices, "model": args.model.name,
-            "layers": config.num_layers, "moe_layers": sum(config.moe_layers),
-            "dtype": self.dtype.name, "model_layers": self.whole.num_layers, "model_moe_layers": sum(self.whole.moe_layers),
-            "prompt_length": args.prompt_length, "context": args.context, "nvlink_multicast": False,
-            "links": [], "rows": [], "check": [],
+            "format": 1, **environment(), "devices": setting.devices, "model": args.model.name,
+            "layers": setting.config.num_layers, "moe_layers": sum(setting.config.moe_layers),
+            "model_layers": setting.whole.num_layers, "model_moe_layers": sum(setting.whole.moe_layers),
+            "dtype": setting.dtype.name, "prompt_length": args.prompt_length, "context": args.context,
+            "nvlink_multicast": False, "links": [], "compile": [], "rows": [], "check": [],
         }  # fmt: skip
         before = json.loads(self.output.read_text()) if self.output.exists() else {"rows": [], "check": []}
-        if args.add and before["rows"]:
-            for name in ("device", "devices", "model", "layers", "dtype", "prompt_length", "context"):
-                if before[name] != result[name]:
-                    raise ValueError(
-                        f"--add: {name} is {result[name]!r}; it should be {before[name]!r} as in {self.output}"
-                    )
-            before["command"] += f"; {result['command']}"
-            return before
-        return result | {"check": before["check"]}
+        if not args.add or not before["rows"]:
+            return result | {"check": before["check"]}
+        for name in ("device", "devices", "model", "layers", "dtype", "prompt_length", "context"):
+            if before[name] != result[name]:
+                raise ValueError(
+                    f"--add: {name} is {result[name]!r}; it should be {before[name]!r} as in {self.output}"
+                )
+        before["command"] += f"; {result['command']}"
+        before["rows"] = [row for row in before["rows"] if "failed" not in row]
+        return before
 
     def run(self) -> None:
-        try:
-            if not self.args.no_links and not self.result["links"]:
-                self.links()
-            for quantize in self.args.quantize:
-                self.quantized(quantize)
-        finally:
-            self.pool.shutdown(cancel_futures=True)
+        for quantize in self.args.quantize:
+            if time.monotonic() < self.deadline:
+                (self.here if self.args.one_process else self.side_by_side)(quantize)
         if time.monotonic() > self.deadline:
             print(f"time limit of {self.args.time_limit:.0f} s: what is missing was left out")
         roofline.save(self.result, self.output)
@@ -195,257 +169,102 @@ class Bench:
         if any("failed" not in row for row in self.result["rows"]):
             roofline.try_plot(tables.plot, self.result, self.output)
 
+    def todo(self, quantize: str) -> dict[Mode, list[Row]]:
+        """The rows of each mode that are not there yet."""
+        done = {key(row) for row in self.result["rows"]}
+        rows = {
+            mode: [row for row in self.setting.rows(mode, quantize) if key(row) not in done]
+            for mode in self.setting.modes
+        }
+        return {mode: each for mode, each in rows.items() if each}
+
+    def here(self, quantize: str) -> None:
+        """One format's rows, all in this process."""
+        self.links()
+        for mode, rows in self.todo(quantize).items():
+            with self.failing(rows):
+                bench = ModeBench(self.setting, mode, quantize, rows, self.args.jobs)
+                bench.lower()
+                bench.compile()
+                for row in bench.measure(self.deadline):
+                    self.add(row)
+
+    def side_by_side(self, quantize: str) -> None:
+        """One format's rows, a process for each mode: all compile, then each measures."""
+        now = time.monotonic()
+        compiled = now + _FOR_COMPILING * (self.deadline - now)
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as locks:  # while links are measured, workers lower and do not compile
+                for gpu in range(self.setting.devices):
+                    fcntl.flock(locks.enter_context(open(Path(folder) / str(gpu), "w")), fcntl.LOCK_EX)
+                workers = []
+                for number, (mode, rows) in enumerate(self.todo(quantize).items()):
+                    worker = Worker(mode.name, quantize, rows, self.gpus(), number, Path(folder))
+                    stack.callback(worker.close)
+                    workers.append(worker)
+                self.links()
+            ready = []
+            for worker in tqdm(workers, desc=f"{quantize}: compiling"):
+                with self.failing(worker.rows):
+                    answer = worker.ready(compiled)
+                    self.result["compile"].append({"quantize": quantize, "mode": worker.mode, **answer})
+                    if "failed" in answer:
+                        self.add(*({**row, **answer} for row in worker.rows))
+                    else:
+                        ready.append(worker)
+            for worker in tqdm(ready, desc=f"{quantize}: modes"):
+                with self.failing(worker.rows):
+                    for row in worker.measure(self.deadline):
+                        self.add(row)
+                worker.close()
+
+    @contextlib.contextmanager
+    def failing(self, rows: list[Row]) -> Iterator[None]:
+        """What is raised is why there are no more of these rows."""
+        try:
+            yield
+        except Exception as error:
+            done = {key(row) for row in self.result["rows"]}
+            self.add(*({**row, **failure(error)} for row in rows if key(row) not in done))
+
+    def gpus(self) -> list[str]:
+        """As CUDA_VISIBLE_DEVICES names those that are used; none on a CPU."""
+        if jax.default_backend() == "cpu":
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(jax.local_device_count())]
+        return names[: self.setting.devices]
+
     def links(self) -> None:
-        """Each kind of collective alone, at the size of each step's activations."""
-        sizes = sorted({step.tokens for step in self.steps})
-        for tokens in tqdm(sizes, desc="links"):
+        """Each kind of collective alone, at the size of each step's activations; once."""
+        if self.args.no_links or self.result["links"]:
+            return
+        for tokens in tqdm(sorted({step.tokens for step in self.setting.steps}), desc="links"):
             try:
-                found = exchanges(self.mesh, tokens, self.config.hidden_size, self.dtype)
+                found = exchanges(self.setting.mesh, tokens, self.setting.config.hidden_size, self.setting.dtype)
                 for kind, (program, x) in found.items():
-                    self.result["links"].append(
-                        {"kind": kind, "tokens": tokens, **self.link(program.lower(x).compile(), x)}
-                    )
+                    link = self.link(program.lower(x).compile(), x)
+                    self.result["links"].append({"kind": kind, "tokens": tokens, **link})
             except Exception as error:  # memory, or devices that do not divide so few tokens
                 self.result["links"].append({"kind": "all", "tokens": tokens, **failure(error)})
         roofline.save(self.result, self.output)
 
     def link(self, program: Any, x: jax.Array) -> dict[str, Any]:
         timed = stream_us(partial(program, x), 10)
-        ((_, what),) = scopes.collectives(program.as_text(), self.devices).items()
-        seen = Profile(partial(program, x), program.as_text(), self.devices, 0)
+        ((_, what),) = scopes.collectives(program.as_text(), self.setting.devices).items()
+        seen = Profile(partial(program, x), program.as_text(), self.setting.devices, 0)
         us = sum(us for us, _ in seen.collectives.values()) or timed["stream_us"]
-        return {**rate(what, us, self.devices), "stream_us": timed["stream_us"]}
+        return {**rate(what, us, self.setting.devices), "stream_us": timed["stream_us"]}
 
-    def quantized(self, quantize: str) -> None:
-        """All rows of one format: programs of all modes are compiled at once, then each mode's are measured."""
-        done = {key(row) for row in self.result["rows"]}
-        plan: dict[Mode, list[dict[str, Any]]] = {}
-        for mode in [*([] if self.args.no_one_device else [ONE]), *self.modes]:
-            rows = [row for row in self.rows(mode, quantize) if key(row) not in done]
-            plan |= {mode: rows} if rows else {}
-        if time.monotonic() > self.deadline:
-            return
-        compiled: dict[Mode, Compiled] = {}
-        for mode, rows in plan.items():
-            try:
-                compiled[mode] = Compiled(self, mode, quantize, rows)
-            except Exception as error:  # a layout that the format forbids
-                self.add([{**row, **failure(error)} for row in rows])
-        with tqdm(total=sum(len(each.futures) for each in compiled.values()), desc=f"{quantize}: compiling") as bar:
-            for each in compiled.values():
-                for future in each.futures:
-                    future.exception()
-                    bar.update()
-        for mode, programs in tqdm(compiled.items(), desc=f"{quantize}: modes"):
-            if time.monotonic() > self.deadline:
-                return
-            try:
-                for row in programs.measure(plan[mode], self.deadline):
-                    self.add([row])
-            except Exception as error:  # memory: the next mode may fit
-                tqdm.write(f"{mode.name}: {failure(error)['failed']}")
-
-    def rows(self, mode: Mode, quantize: str) -> list[dict[str, Any]]:
-        """What to measure, without results."""
-        named = {
-            "quantize": quantize,
-            "mode": mode.name,
-            **dict(zip(("tp_size", "ep_size", "dp_attention"), mode[1:], strict=True)),
-        }
-        cases = [
-            (step, load, variant)
-            for step in self.steps
-            for variant in self.args.variants
-            for load in (LOADS if step.tokens in self.args.zipf else LOADS[:1])
-        ]
-        return [
-            {**named, "phase": step.phase, "tokens": step.tokens, "load": load, "variant": variant}
-            for step, load, variant in cases
-            if not (mode == ONE and variant != "default")
-        ]
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
+    def add(self, *rows: Row) -> None:
         for row in rows:
             self.result["rows"].append(row)
             tqdm.write(tables.row_line(row))
         roofline.save(self.result, self.output)
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
+def key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("quantize", "mode", "phase", "tokens", "load", "variant"))
-
-
-class Compiled:
-    """One mode's programs, being compiled; then measured, with weights that are gone after."""
-
-    def __init__(self, bench: Bench, mode: Mode, quantize: str, rows: list[dict[str, Any]]) -> None:
-        self.bench, self.parts = bench, bench.devices if mode == ONE else 1
-        self.model = ShardedDecoder(
-            bench.config, mode, None if quantize == BF16 else quantize, dtype=bench.dtype, loads=bench.loads,
-            devices=list(bench.mesh.devices.flat)[: mode.tp_size],
-        )  # fmt: skip
-        self.weights: Future = bench.pool.submit(lambda: self.model.lower_weights().compile())
-        self.programs: dict[tuple[Step, str], Future] = {}
-        self.caches: dict[tuple[Step, int], Future] = {}
-        self.running: tuple[Any, Running] | None = None
-        lowered: dict[tuple[Step, int], Future] = {}
-        for row in rows:
-            step, batches = self.step(row), VARIANTS[row["variant"]].batches
-            if (step, batches) not in lowered:
-                lowered[step, batches] = bench.pool.submit(self.model.lower_step, step, batches)
-                self.caches[step, batches] = bench.pool.submit(
-                    lambda *case: self.model.lower_caches(*case).compile(), step, batches
-                )
-        for row in rows:
-            step, variant = self.step(row), VARIANTS[row["variant"]]
-            if (step, row["variant"]) not in self.programs:
-                self.programs[step, row["variant"]] = bench.pool.submit(
-                    self.compile, lowered[step, variant.batches], variant.options
-                )
-        self.futures = [self.weights, *self.caches.values(), *self.programs.values()]
-
-    def step(self, row: dict[str, Any]) -> Step:
-        (found,) = (step for step in self.bench.steps if (step.phase, step.tokens) == (row["phase"], row["tokens"]))
-        return found.share(self.parts)
-
-    @staticmethod
-    def compile(lowered: Future, options: dict[str, Any]) -> tuple[Any, Any]:
-        """The program, and once more to profile it."""
-        program = lowered.result()
-        return program.compile(options), program.compile(options | scopes.ONE_BY_ONE)
-
-    def measure(self, rows: list[dict[str, Any]], deadline: float):
-        started = time.perf_counter()
-        weights = self.model.weights(self.weights.result())
-        tqdm.write(
-            f"{self.model.mode.name}: {self.model.weight_bytes / 1e9:.1f} GB of weights a device, made in "
-            f"{time.perf_counter() - started:.1f} s"
-        )
-        for row in rows:
-            if time.monotonic() > deadline:
-                break
-            try:
-                yield {**row, **self.row(weights, row)}
-            except Exception as error:
-                self.running = None
-                yield {**row, **failure(error)}
-        self.running = None
-
-    def arrays(self, weights: list[jax.Array], step: Step, batches: int) -> Running:
-        """Those of the last row, if it was the same step."""
-        if self.running is None or self.running[0] != (step, batches):
-            self.running = None
-            caches = self.caches[step, batches].result()()
-            self.running = (step, batches), Running(self.model, weights, caches, step)
-        return self.running[1]
-
-    def row(self, weights: list[jax.Array], row: dict[str, Any]) -> dict[str, Any]:
-        step, variant = self.step(row), VARIANTS[row["variant"]]
-        program, profiled = self.programs[step, row["variant"]].result()
-        running = self.arrays(weights, step, variant.batches)
-        running.use(row["load"])
-        run, run_profiled = (partial(running.run, each) for each in (program, profiled))
-        timed = stream_us(run, calls_of(run))
-        devices = self.model.mesh.devices.size
-        result = {
-            "tokens_per_s": step.tokens / timed["stream_us"] * 1e6,
-            "step_us": timed["stream_us"],
-            "dispatch_us": timed["dispatch_us"],
-            "step_tokens": step.tokens,
-            "weight_bytes": self.model.weight_bytes,
-            "rows": spread(np.asarray(running.load), self.model.mode.ep_size),
-        }
-        try:
-            profile = Profile(run_profiled, profiled.as_text() or "", devices, self.model.config.num_layers)
-        except Exception as error:
-            return result | {"no_parts": failure(error)["failed"]}
-        result |= profile.told(self.model.config.moe_layers)
-        more = self.bench.result["model_moe_layers"] - self.bench.result["moe_layers"]
-        layer_us = timed["stream_us"] * result.pop("layer_share")
-        model_us = timed["stream_us"] + more * layer_us
-        return result | {
-            "layer_us": layer_us, "model_us": model_us, "model_tokens_per_s": step.tokens / model_us * 1e6,
-        }  # fmt: skip
-
-
-def calls_of(run: Callable[[], Any]) -> int:
-    """How many calls to time together."""
-    jax.block_until_ready(run())
-    started = time.perf_counter()
-    jax.block_until_ready(run())
-    return min(20, max(3, int(_SECONDS / (time.perf_counter() - started))))
-
-
-def spread(load: np.ndarray, ep_size: int) -> dict[str, float]:
-    """Of the rows of each expert in each MoE layer, `[layers, E]`: the fullest device's and expert's over the mean, the worst layer."""
-    devices = load.reshape(len(load), ep_size, -1).sum(axis=2)
-
-    def worst(counts: np.ndarray) -> float:
-        return float((counts.max(axis=1) / counts.mean(axis=1)).max())
-
-    return {"total": int(load[0].sum()), "device_max_over_mean": worst(devices), "expert_max_over_mean": worst(load)}
-
-
-def rate(what: scopes.Collective, us: float, devices: int) -> dict[str, Any]:
-    """GB/s: what each device sends, in a ring, by the time ("bus bandwidth")."""
-    return {"bytes": what.bytes, "us": us, "gbs": what.sent(devices) / us * 1e-3}
-
-
-class Profile:
-    """Microseconds of a call on each device, by layer (None: outside) and part."""
-
-    def __init__(self, call: Callable[[], Any], hlo: str, devices: int, num_layers: int) -> None:
-        recorded = scopes.record(call, _PROFILED)
-        calls = _PROFILED * (devices if len(recorded) == 1 else 1)  # without GPUs all devices are one
-        self.devices = devices
-        self.what = scopes.collectives(hlo, devices)
-        # Kernels that do not tell which instruction's they are count as no layer's.
-        unknown = {event.op for lines in recorded for line in lines for event in line if event.op.startswith("nccl")}
-        self.what |= {op: scopes.Collective("unknown", 0) for op in unknown}
-        names = [f"layer_{i}" for i in range(num_layers)]
-        layer_of, part_of = scopes.scopes(hlo, names), scopes.scopes(hlo, (*PARTS, "head"))
-        self.layer_of = {op: names.index(name) for op, name in layer_of.items()}
-        self.times: list[Counter] = []
-        for lines in recorded:
-            own: Counter = Counter()
-            for op, us in scopes.divide(lines).items():
-                if op not in self.what:
-                    own[self.layer_of.get(op), part_of.get(op, OTHER)] += us / calls
-            self.times.append(own)
-        self.collectives = {
-            op: (us / calls, wait / calls) for op, (us, wait) in scopes.collective_us(recorded, self.what).items()
-        }
-
-    def told(self, moe_layers: tuple[bool, ...]) -> dict[str, Any]:
-        """What a row keeps: of a layer with experts, on the mean of such layers."""
-        count = sum(moe_layers)
-        has_experts = {i for i, flag in enumerate(moe_layers) if flag}
-        of_devices = [
-            {part: sum(own[i, part] for i in has_experts) / count for part in (*PARTS, OTHER)} for own in self.times
-        ]
-        parts = {part: float(np.mean([own[part] for own in of_devices])) for part in (*PARTS, OTHER)}
-        exchanged: dict[scopes.Collective, list[float]] = defaultdict(list)
-        for op, (us, wait) in self.collectives.items():
-            if self.layer_of.get(op) in has_experts:
-                parts["collective"] = parts.get("collective", 0.0) + us / count
-                parts["wait"] = parts.get("wait", 0.0) + wait / count
-                exchanged[self.what[op]].append(us)
-        compute = [sum(own.values()) for own in self.times]
-        total = float(np.mean(compute)) + sum(us + wait for us, wait in self.collectives.values())
-        return {
-            "kernels_us": total,
-            "layer_share": sum(parts.values()) / total,
-            "parts": {part: us for part, us in parts.items() if us > 0},
-            "slowest_parts": of_devices[int(np.argmax(compute))],
-            "compute_us": compute,
-            "outside_layers_us": float(
-                np.mean([sum(us for (i, _), us in own.items() if i is None) for own in self.times])
-            ),
-            "collectives": [
-                {"kind": what.kind, "count": len(each) / count, **rate(what, sum(each) / len(each), self.devices)}
-                for what, each in exchanged.items()
-            ],
-        }
 
 
 if __name__ == "__main__":

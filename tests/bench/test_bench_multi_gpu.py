@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from test_bench_decode_step import TINY
 
-from bench import multi_gpu, multi_gpu_check, multi_gpu_tables, scopes, sharded_decoder
+from bench import multi_gpu, multi_gpu_check, multi_gpu_mode, multi_gpu_tables, scopes, sharded_decoder
+from bench.multi_gpu_mode import Setting
+from bench.multi_gpu_workers import Worker
 from bench.sharded_decoder import ONE, PREFILL, VARIANTS, Loads, ShardedDecoder, Step, Variant, modes
 from jax_epmoe import make_mesh
 from jax_epmoe.models.families import read_config
@@ -38,7 +41,7 @@ def bench_of(monkeypatch, folder: Path, output: Path, *arguments: str) -> multi_
     common = ["--model", str(folder), "--layers", "2", "--devices", "4", "--prompt-length", "8", "--context", "16"]
     common += ["--jobs", "2", "--quantize", "bf16", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["bench.multi_gpu", *common, *arguments])
-    return multi_gpu.Bench(multi_gpu._arguments())
+    return multi_gpu.Bench(Setting(multi_gpu._arguments()))
 
 
 def test_modes_have_the_fields_names():
@@ -50,16 +53,16 @@ def test_modes_have_the_fields_names():
 def test_a_run_measures_every_mode_that_is_asked_for(folder, monkeypatch, tmp_path, capsys):
     output = tmp_path / "result.json"
     sizes = ["--prefill", "64", "--decode", "--zipf", "64"]
-    bench_of(monkeypatch, folder, output, *sizes, "--modes", "EP+DP").run()
+    bench_of(monkeypatch, folder, output, *sizes, "--modes", "EP+DP", "--one-process", "--no-one-device").run()
     result = json.loads(output.read_text())
     assert (result["devices"], result["layers"], result["moe_layers"], result["model_layers"]) == (4, 2, 1, 2)
     assert [(link["kind"], link["bytes"]) for link in result["links"]] == [
         (kind, 4 * 64 * 32) for kind in ("all-reduce", "all-gather", "reduce-scatter")
     ]
     rows = {(row["mode"], row["load"]): row for row in result["rows"]}
-    assert list(rows) == [(mode, load) for mode in (ONE.name, "EP+DP") for load in ("balanced", "zipf")]
-    for (mode, load), row in rows.items():
-        assert row["step_tokens"] == (16 if mode == ONE.name else 64)
+    assert list(rows) == [("EP+DP", "balanced"), ("EP+DP", "zipf")]
+    for (_, load), row in rows.items():
+        assert row["step_tokens"] == 64
         assert row["tokens_per_s"] == pytest.approx(row["step_tokens"] / row["step_us"] * 1e6)
         assert row["model_us"] == pytest.approx(row["step_us"])  # both layers of the model ran
         assert 0 < row["layer_us"] < row["step_us"]
@@ -72,10 +75,9 @@ def test_a_run_measures_every_mode_that_is_asked_for(folder, monkeypatch, tmp_pa
     printed = capsys.readouterr().out
     assert "4 x CPU" in printed
     assert "bf16, prefill 64, zipf; a layer with experts, us" in printed
-    assert len(printed.splitlines()) > 20
 
     # With --add, what is there is left out; another run's sizes are refused.
-    bench_of(monkeypatch, folder, output, *sizes, "--modes", "EP+DP", "--add").run()
+    bench_of(monkeypatch, folder, output, *sizes, "--modes", "EP+DP", "--no-one-device", "--add").run()
     assert json.loads(output.read_text())["rows"] == result["rows"]
     with pytest.raises(ValueError, match=r"^--add: context is 32; it should be 16 as in "):
         bench_of(monkeypatch, folder, output, "--context", "32", "--add")
@@ -84,21 +86,60 @@ def test_a_run_measures_every_mode_that_is_asked_for(folder, monkeypatch, tmp_pa
 @pytest.mark.slow
 def test_all_modes_steps_and_variants_run(folder, monkeypatch, tmp_path):
     output = tmp_path / "result.json"
-    sizes = ["--prefill", "64", "--decode", "16", "--zipf", "16", "--no-links", "--variants", *VARIANTS]
+    sizes = [
+        "--prefill",
+        "64",
+        "--decode",
+        "16",
+        "--zipf",
+        "16",
+        "--no-links",
+        "--variants",
+        *VARIANTS,
+        "--one-process",
+    ]
     bench_of(monkeypatch, folder, output, *sizes, "--xla", "named:xla_cpu_enable_fast_math=false").run()
     result = json.loads(output.read_text())
     assert [row for row in result["rows"] if "failed" in row] == []
     rows = {(row["mode"], row["phase"], row["load"], row["variant"]) for row in result["rows"]}
     assert len(rows) == len(result["rows"]) == 3 * (1 + 6 * 5)
     assert {mode for mode, *_ in rows} == {ONE.name, *modes(4)}
+    assert {row["step_tokens"] for row in result["rows"] if row["mode"] == ONE.name} == {16, 4}
     text = multi_gpu_tables.summary(result)
     assert "named" in text.split("step time, default / this")[1].splitlines()[0]
+
+
+@pytest.mark.slow
+def test_processes_compile_side_by_side_and_measure_in_turn(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0")
+    output = tmp_path / "result.json"
+    sizes = ["--prefill", "64", "8", "--decode", "--zipf", "64", "--modes", "TP", "EP+DP", "hybrid"]
+    bench_of(monkeypatch, folder, output, *sizes).run()
+    result = json.loads(output.read_text())
+    failed = {(row["mode"], row["tokens"]): row["failed"] for row in result["rows"] if "failed" in row}
+    assert list(failed) == [("EP+DP", 8)]
+    assert failed["EP+DP", 8] == "ValueError: prefill 8: sequences is 1; it should be a multiple of 4 on this mesh"
+    assert len(result["rows"]) == 3 * 4
+    assert [each["mode"] for each in result["compile"]] == [ONE.name, "EP+DP", "TP", "hybrid"]
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_or_is_late_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench.multi_gpu", "--model", "nowhere"])
+    monkeypatch.chdir(ROOT)
+    worker = Worker("EP", "bf16", [], [], 0, tmp_path)
+    with pytest.raises(TimeoutError, match="the time limit"):
+        worker.ready(time.monotonic())
+    with pytest.raises(RuntimeError, match="the process ended with status 2"):
+        worker.ready(time.monotonic() + 60)
+    worker.close()
 
 
 def test_what_cannot_be_is_refused_in_one_line(folder, monkeypatch, tmp_path):
     output = tmp_path / "result.json"
     for arguments, message in (
-        (["--modes", "EP2"], r"^--modes has 'EP2'; it should be of TP\+DP, EP\+DP, .* on 4 devices$"),
+        (["--modes", "EP2"], r"^--modes is 'EP2'; it should be of TP\+DP, EP\+DP, .* on 4 devices$"),
         (["--devices", "1"], r"^--devices is 1; it should be at least 2"),
         (["--layers", "1"], r"^--layers is 1; it should be at most 2, one with experts among the first$"),
     ):
@@ -109,8 +150,8 @@ def test_what_cannot_be_is_refused_in_one_line(folder, monkeypatch, tmp_path):
 
 
 def test_a_step_that_a_mesh_does_not_divide_fails_alone(folder, monkeypatch, tmp_path):
-    bench = bench_of(monkeypatch, folder, tmp_path / "r.json", "--prefill", "8", "--decode", "--modes", "EP+DP")
-    model = ShardedDecoder(bench.config, bench.modes[0], None, loads=bench.loads)
+    bench = bench_of(monkeypatch, folder, tmp_path / "r.json", "--prefill", "8", "--decode", "--modes", "EP+DP").setting
+    model = ShardedDecoder(bench.config, bench.modes[1], None, loads=bench.loads)
     with pytest.raises(ValueError, match=r"^prefill 8: sequences is 1; it should be a multiple of 4 on this mesh$"):
         model.lower_step(bench.steps[0])
 
@@ -151,8 +192,8 @@ def test_token_ids_tell_the_load(folder):
 
 def test_loads_are_told_by_their_worst_layer():
     load = np.array([[1, 3, 2, 2], [4, 0, 4, 0]])
-    assert multi_gpu.spread(load, 2) == {"total": 8, "device_max_over_mean": 1.0, "expert_max_over_mean": 2.0}
-    assert multi_gpu.spread(load, 4)["device_max_over_mean"] == 2.0
+    assert multi_gpu_mode.spread(load, 2) == {"total": 8, "device_max_over_mean": 1.0, "expert_max_over_mean": 2.0}
+    assert multi_gpu_mode.spread(load, 4)["device_max_over_mean"] == 2.0
 
 
 def test_each_collective_alone_gives_what_it_should():
