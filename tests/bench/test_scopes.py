@@ -89,7 +89,7 @@ def test_without_a_profile_the_whole_is_told_alone(monkeypatch, capsys):
     assert "no kernel times: RuntimeError: the profile has no event" in capsys.readouterr().out
 
 
-def test_of_a_gpus_profile_only_the_streams_count():
+def test_of_a_gpus_profile_only_the_streams_count_and_each_gpu_is_by_itself():
     class Line:
         def __init__(self, name, *ops):
             self.name = name
@@ -105,9 +105,44 @@ def test_of_a_gpus_profile_only_the_streams_count():
             Plane(
                 "/device:GPU:0", Line("Stream #13(Compute)", "custom-call.2", None), Line("XLA Ops", "custom-call.2")
             ),
+            Plane("/device:GPU:1", Line("Stream #13(Compute)", "all-reduce-start.1"), Line("Stream #20(Compute)")),
         )
 
-    assert scopes.device_lines(Profile) == [[[Event("custom-call.2", 0, 5)]]]
+    first, second = [Event("custom-call.2", 0, 5)], [Event("all-reduce-start.1", 0, 5)]
+    assert scopes.device_lines(Profile) == [[first], [second, []]]
+
+
+COLLECTIVES = """\
+  %all-reduce.3 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %all-reduce-start = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-start(%a, %b), channel_id=2, to_apply=%add
+  %all-reduce-done = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-done(%all-reduce-start)
+  %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%y), channel_id=3, dimensions={0}
+  ROOT %all-gather.9 = f8e4m3fn[8,16]{1,0} all-gather(%y), channel_id=3, dimensions={0}
+  %reduce-scatter.5 = f32[2,16]{1,0} reduce-scatter(%z), channel_id=4, dimensions={0}, to_apply=%add
+  %reduce-scatter-start = ((bf16[8,16]{1,0}), bf16[2,16]{1,0}, u32[]) async-start(%z), calls=%async_computation
+  %gather.7 = bf16[8,16]{1,0} gather(%x, %i)
+  %fusion-start = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%z), calls=%async_computation.1
+"""
+
+
+def test_collectives_are_found_with_the_bytes_of_the_whole_array():
+    found = scopes.collectives(COLLECTIVES, 4)
+    assert found == {
+        "all-reduce.3": ("all-reduce", 256),
+        "all-reduce-start": ("all-reduce", 32 + 12),
+        "all-gather-start.1": ("all-gather", 256),
+        "all-gather.9": ("all-gather", 128),
+        "reduce-scatter.5": ("reduce-scatter", 4 * 128),
+        "reduce-scatter-start": ("reduce-scatter", 256),
+    }
+    assert found["all-reduce.3"].sent(4) == 2 * 256 * 3 / 4
+    assert found["all-gather.9"].sent(4) == 128 * 3 / 4
+
+
+def test_a_collectives_time_is_the_last_comers_and_the_rest_is_waiting():
+    first = [[Event("all-reduce.3", 0, 5_000), Event("all-reduce.3", 20_000, 3_000)], [Event("fusion", 0, 1_000)]]
+    second = [[Event("all-reduce.3", 21_000, 4_000), Event("all-reduce.3", 2_000, 3_000)]]
+    assert scopes.collective_us([first, second], {"all-reduce.3"}) == {"all-reduce.3": (3.0 + 3.0, 1.0 + 0.5)}
 
 
 def _event(op):
