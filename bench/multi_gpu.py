@@ -17,7 +17,9 @@ the step, by kernel times; `model`: the step with as many more of these layers a
 are tokens / step and tokens / model.
 
 Scaling is weak: `one device` runs the same layers for so many times fewer tokens as there are devices, and holds all experts;
-scaling is the tokens a second (of `model`) on all devices over so many times its own. `links` are XLA's collectives alone, through NCCL, at the steps' sizes. NVLink multicast is left
+scaling is the tokens a second (of `model`) on all devices over so many times its own. With few tokens it is above 100% for a reason that has
+nothing to do with communication: one device reads all experts for a share of the tokens. `comm.` is the share of a layer's kernel times that
+collectives and waits take. `links` are XLA's collectives alone, through NCCL, at the steps' sizes. NVLink multicast is left
 off (NCCL_NVLS_ENABLE=0).
 """
 

@@ -59,7 +59,7 @@ def _rows(result: dict[str, Any]) -> Iterable[str]:
             f"{quantize}, {phase} {tokens}, {load}; a layer with experts, us",
             f"{'':28}{'tokens/s':>10}{'model':>8}{'step ms':>9}{'layer':>8}"
             + "".join(f"{_SHORT.get(part, part):>10}" for part in PARTS)
-            + f"{'GB/s':>7}{'/alone':>7}{'skew':>6}",
+            + f"{'comm.':>7}{'GB/s':>7}{'/alone':>7}{'skew':>6}",
         ]
         for row in rows:
             name = row["mode"] + ("" if row["variant"] == "default" else f", {row['variant']}")
@@ -71,7 +71,7 @@ def _rows(result: dict[str, Any]) -> Iterable[str]:
                 f"{name:28}{row['tokens_per_s']:10.0f}{number(row.get('model_tokens_per_s'), 8, '.0f')}"
                 f"{row['step_us'] / 1e3:9.3f}{number(row.get('layer_us'), 8, '.0f')}"
                 + "".join(number(parts.get(part), 10, ".1f") for part in PARTS)
-                + f"{number(_gbs(row), 7, '.0f')}{number(of_alone(row, result), 7, '.0%')}"
+                + f"{number(communication(row), 7, '.0%')}{number(_gbs(row), 7, '.0f')}{number(of_alone(row, result), 7, '.0%')}"
                 + f"{row['rows']['device_max_over_mean']:6.2f}"
             )
         yield "\n".join(lines)
@@ -83,6 +83,12 @@ def _case(row: dict[str, Any]) -> tuple[str, str, int, str]:
 
 def _exchanged(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if row["mode"] == ONE else row.get("collectives", [])
+
+
+def communication(row: dict[str, Any]) -> float | None:
+    """The share of a layer's kernel times that its collectives and the waits for them take."""
+    parts = row.get("parts")
+    return (parts.get("collective", 0.0) + parts.get("wait", 0.0)) / sum(parts.values()) if parts else None
 
 
 def _gbs(row: dict[str, Any]) -> float | None:

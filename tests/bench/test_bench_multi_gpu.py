@@ -273,6 +273,7 @@ def test_the_tables_ratios_are_right(shown):
     assert text.rstrip().endswith("WRONG")
     assert multi_gpu_tables.of_alone(shown["rows"][1], shown) == pytest.approx(0.8)
     assert multi_gpu_tables.of_alone(shown["rows"][0], shown) is None
+    assert multi_gpu_tables.communication(shown["rows"][1]) == pytest.approx(0.3)
 
 
 def test_the_plot_is_drawn(shown, tmp_path):
