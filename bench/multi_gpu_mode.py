@@ -71,7 +71,7 @@ class Setting:
 
     def rows(self, mode: Mode, quantize: str) -> list[Row]:
         """What to measure, without results."""
-        named = {"quantize": quantize, "mode": mode.name}
+        named: Row = {"quantize": quantize, "mode": mode.name}
         named |= dict(zip(("tp_size", "ep_size", "dp_attention"), mode[1:], strict=True))
         cases = [
             (step, load, variant)
@@ -107,9 +107,11 @@ class ModeBench:
             setting.config, mode, format, dtype=setting.dtype, loads=setting.loads, devices=devices
         )
         model, steps = self.model, {self._step(row): None for row in rows}
-        self.weights = self.pool.submit(model.lower_weights)
-        self.caches = {step: self.pool.submit(model.lower_caches, *step) for step in steps}
-        self.steps = {step: self.pool.submit(model.lower_step, *step) for step in steps}
+        self.weights: Future = self.pool.submit(model.lower_weights)
+        self.caches: dict[tuple[Step, int], Future] = {
+            step: self.pool.submit(model.lower_caches, *step) for step in steps
+        }
+        self.steps: dict[tuple[Step, int], Future] = {step: self.pool.submit(model.lower_step, *step) for step in steps}
         self.programs: dict[tuple[tuple[Step, int], str], Future] = {}
         self.running: tuple[Any, Running] | None = None
 
@@ -165,7 +167,7 @@ class ModeBench:
         run, run_profiled = (partial(running.run, each) for each in (program, profiled))
         timed = stream_us(run, calls_of(run))
         step_us, tokens = timed["stream_us"], step[0].tokens
-        result = {
+        result: Row = {
             "tokens_per_s": tokens / step_us * 1e6,
             "step_us": step_us,
             "dispatch_us": timed["dispatch_us"],
@@ -231,7 +233,7 @@ class Profile:
         self.layer_of = {op: names.index(name) for op, name in layer_of.items()}
         self.times: list[Counter] = []
         for lines in recorded:
-            own: Counter = Counter()
+            own: Counter[Any] = Counter()
             for op, us in scopes.divide(lines).items():
                 if op not in self.what:
                     own[self.layer_of.get(op), part_of.get(op, OTHER)] += us / calls

@@ -185,22 +185,29 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
 
 def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     """The collectives among a compiled program's instructions, those that start one included; all are over `devices`."""
-    found = {}
+    computation, found = "", {}
+    inside: dict[str, str] = {}  # of a computation that is started by itself
     for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
         if not (match := _COLLECTIVE.match(line)):
             continue
         name, arrays, opcode, starts = match.groups()
-        kind = next((kind for kind in _KINDS if kind in (opcode if opcode != "async" else name)), None)
+        callee = _CALLED.search(line)
+        kind = opcode if opcode != "async" else inside.get(callee[1] if callee else "")
         if kind is None:
             continue
-        # Of a start: what goes in, then what comes out. An all-reduce's has but what comes out.
-        both = starts and not (opcode == kind == "all-reduce")
+        inside[computation] = kind
+        # Of a start: what goes in, then what comes out. An all-reduce's own has but what comes out.
+        both = bool(starts) and opcode != "all-reduce"
         size = sum(_bytes(*array) for array in _ARRAY.findall(arrays) if array[2] or not starts)
-        if kind in ("all-gather", "reduce-scatter"):
-            whole = size * devices // (devices + 1) if both else size * (devices if kind == "reduce-scatter" else 1)
-        else:
-            whole = size // 2 if both else size
-        found[name] = Collective(kind, whole)
+        if kind in ("all-gather", "reduce-scatter") and both:
+            size = size * devices // (devices + 1)
+        elif kind == "reduce-scatter":
+            size *= devices
+        elif both:
+            size //= 2
+        found[name] = Collective(kind, size)
     return found
 
 

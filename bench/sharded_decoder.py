@@ -192,7 +192,8 @@ class ShardedDecoder:
     def _run(model, is_start, caches, tokens, start, num_tokens):
         hidden, caches, load = model._run(tokens, start, caches, num_tokens, is_start)
         with jax.named_scope("head"):
-            return caches, jnp.argmax(model.logits(hidden[:, -1]), axis=-1), load
+            last = jnp.take_along_axis(hidden, num_tokens[:, None, None] - 1, axis=1)[:, 0]
+            return caches, jnp.argmax(model.logits(last), axis=-1), load
 
     def lower_caches(self, step: Step, batches: int = 1) -> jax.stages.Lowered:
         """The program that draws what caches hold."""
@@ -270,7 +271,7 @@ def _normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
     return (total - 510) * (1 / 147.8)  # a byte's mean is 127.5, its variance 5461
 
 
-def exchanges(mesh: jax.sharding.Mesh, tokens: int, hidden: int, dtype: Any) -> dict[str, tuple[Callable, jax.Array]]:
+def exchanges(mesh: jax.sharding.Mesh, tokens: int, hidden: int, dtype: Any) -> dict[str, tuple[Any, jax.Array]]:
     """Each kind of collective alone: a program and its argument, for `[tokens, hidden]`.
 
     Every device brings numbers of its own, so that nothing can be known beforehand.
@@ -284,7 +285,7 @@ def exchanges(mesh: jax.sharding.Mesh, tokens: int, hidden: int, dtype: Any) -> 
             lambda x: jax.lax.psum_scatter(x, TP_AXES, scatter_dimension=0, tiled=True), devices * tokens, over,
         ),
     }  # fmt: skip
-    found = {}
+    found: dict[str, tuple[Any, jax.Array]] = {}
     for kind, (call, rows, out) in kinds.items():
         program = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=over, out_specs=out, check_vma=False))
         draw = jax.jit(

@@ -113,7 +113,16 @@ def test_of_a_gpus_profile_only_the_streams_count_and_each_gpu_is_by_itself():
 
 
 COLLECTIVES = """\
-  %all-reduce.3 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+%async_computation (param: bf16[8,16]) -> bf16[2,16] {
+  ROOT %reduce_scatter.2 = bf16[2,16]{1,0} reduce-scatter(%param), channel_id=5, dimensions={0}, to_apply=%add
+}
+
+%async_computation.1 (param.1: f32[8]) -> f32[8] {
+  ROOT %fusion.1 = f32[8]{0} fusion(%param.1), kind=kLoop, calls=%fused_computation
+}
+
+ENTRY %main (x: bf16[8,16]) -> f8e4m3fn[8,16] {
+  %psum.3 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
   %all-reduce-start = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-start(%a, %b), channel_id=2, to_apply=%add
   %all-reduce-done = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-done(%all-reduce-start)
   %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%y), channel_id=3, dimensions={0}
@@ -122,20 +131,22 @@ COLLECTIVES = """\
   %reduce-scatter-start = ((bf16[8,16]{1,0}), bf16[2,16]{1,0}, u32[]) async-start(%z), calls=%async_computation
   %gather.7 = bf16[8,16]{1,0} gather(%x, %i)
   %fusion-start = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%z), calls=%async_computation.1
+}
 """
 
 
 def test_collectives_are_found_with_the_bytes_of_the_whole_array():
     found = scopes.collectives(COLLECTIVES, 4)
     assert found == {
-        "all-reduce.3": ("all-reduce", 256),
+        "reduce_scatter.2": ("reduce-scatter", 256),
+        "psum.3": ("all-reduce", 256),
         "all-reduce-start": ("all-reduce", 32 + 12),
         "all-gather-start.1": ("all-gather", 256),
         "all-gather.9": ("all-gather", 128),
         "reduce-scatter.5": ("reduce-scatter", 4 * 128),
         "reduce-scatter-start": ("reduce-scatter", 256),
     }
-    assert found["all-reduce.3"].sent(4) == 2 * 256 * 3 / 4
+    assert found["psum.3"].sent(4) == 2 * 256 * 3 / 4
     assert found["all-gather.9"].sent(4) == 128 * 3 / 4
 
 
