@@ -84,10 +84,8 @@ def run_experts(
 
     if _is_one_chunk(plan, chunk_rows):
         return run_chunk(_whole(plan), base, tokens.dtype)
-    zeros = jnp.zeros(tokens.shape, jnp.float32)
-    out = _over_chunks(
-        plan, chunk_rows, lambda chunk, out: out + run_chunk(chunk, None, out.dtype), zeros if base is None else base
-    )
+    start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base
+    out = _over_chunks(plan, chunk_rows, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
     return out.astype(tokens.dtype)
 
 
