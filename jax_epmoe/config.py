@@ -10,6 +10,27 @@ from typing import Any, Literal
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """gpt-oss's gate, `(up + 1) * gate * sigmoid(alpha * gate)`: gate is clamped to at most `limit`, up to within `limit` of 0."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self):
+        for name in ("alpha", "limit"):
+            value = getattr(self, name)
+            require(isinstance(value, int | float) and value > 0, name, value, "a positive number")
+
+
+Activation = str | ClampedSwiGLU
+
+
+def is_activation(value: Any) -> bool:
+    """Whether it is one of `ACTIVATIONS` or a `ClampedSwiGLU`."""
+    return isinstance(value, ClampedSwiGLU) or value in ACTIVATIONS
+
+
 def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """Raises the project's one kind of error line: the argument, what it was, what it should be."""
     if not condition:
@@ -37,13 +58,16 @@ class MoEConfig:
 
     `shared_intermediate_size` > 0 adds shared experts: one gated MLP that every token passes through, unweighted; or, with
     `shared_expert_gate`, weighted by the sigmoid of a learnt product with the token (Qwen2-MoE).
+
+    `activation`: one of `ACTIVATIONS`, or a `ClampedSwiGLU`. gpt-oss adds learnt vectors: with `router_bias` to the router's logits,
+    with `expert_bias` to what each expert's gate, up and down projections give.
     """
 
     hidden_size: int
     intermediate_size: int
     num_experts: int
     top_k: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
@@ -53,10 +77,12 @@ class MoEConfig:
     group_score: Literal["max", "top2_sum"] = "max"
     shared_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
 
     def __post_init__(self):
         _require_positive(self, "hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group")
-        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        require(is_activation(self.activation), "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         require(self.scoring in ("softmax", "sigmoid"), "scoring", self.scoring, "softmax or sigmoid")
         require(self.group_score in ("max", "top2_sum"), "group_score", self.group_score, "max or top2_sum")
         require(
@@ -104,9 +130,9 @@ class RopeConfig:
 @dataclass(frozen=True)
 class GQAConfig:
     """Grouped-query attention. `qk_norm` normalises queries and keys: "full" over all heads together (OLMoE), "head"
-    each head by itself (Qwen3). `qkv_bias` adds a learnt vector to q, k and v (Qwen2). `clip_qkv` clamps q, k and v.
-    `sliding_window`: how many last positions are seen. `rotary_dim`: how many of a head's first dimensions are rotated
-    (GLM-4.5: half); None: all."""
+    each head by itself (Qwen3). `qkv_bias` adds a learnt vector to q, k and v (Qwen2), `o_bias` to the output (gpt-oss). `clip_qkv`
+    clamps q, k and v. `sliding_window`: how many last positions are seen. `rotary_dim`: how many of a head's first dimensions are
+    rotated (GLM-4.5: half); None: all. `sinks`: each head's softmax has a learnt score more, of a key whose value is zero (gpt-oss)."""
 
     num_heads: int
     num_kv_heads: int
@@ -116,6 +142,8 @@ class GQAConfig:
     clip_qkv: float | None = None
     sliding_window: int | None = None
     rotary_dim: int | None = None
+    o_bias: bool = False
+    sinks: bool = False
 
     def __post_init__(self):
         _require_positive(self, "num_heads", "num_kv_heads", "head_dim")
@@ -162,6 +190,7 @@ class MLAConfig:
 class ModelConfig:
     """A decoder: `moe_layers[i]` says whether layer i holds experts or a dense MLP of `dense_intermediate_size`.
 
+    `sliding_layers[i]` says whether layer i has attention's sliding window, if there is one; empty: all have.
     `num_mtp_layers`: layers past the last, for predicting further tokens, that checkpoints hold and this decoder leaves out.
     """
 
@@ -172,6 +201,7 @@ class ModelConfig:
     moe: MoEConfig
     moe_layers: tuple[bool, ...]
     dense_intermediate_size: int = 0
+    sliding_layers: tuple[bool, ...] = ()
     num_mtp_layers: int = 0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -183,6 +213,10 @@ class ModelConfig:
         _require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         require(any(self.moe_layers), "moe_layers", self.moe_layers, "with experts in at least one layer")
         require(
+            len(self.sliding_layers) in (0, self.num_layers),
+            "sliding_layers", self.sliding_layers, f"empty, or one for each of the {self.num_layers} layers",
+        )  # fmt: skip
+        require(
             self.moe.hidden_size == self.hidden_size, "moe.hidden_size", self.moe.hidden_size, str(self.hidden_size)
         )
         require(
@@ -193,6 +227,13 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.moe_layers)
+
+    def attention_of(self, layer: int) -> GQAConfig | MLAConfig:
+        """The attention of a layer: without the window where `sliding_layers` says so."""
+        attention = self.attention
+        if isinstance(attention, GQAConfig) and self.sliding_layers and not self.sliding_layers[layer]:
+            return dataclasses.replace(attention, sliding_window=None)
+        return attention
 
     def replace(self, **changes: Any) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.collectives import gather_tokens, sum_tokens
-from jax_epmoe.config import RopeConfig
+from jax_epmoe.config import Activation, RopeConfig
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES
 from jax_epmoe.moe.gated_mlp import GatedMLP, linear
 from jax_epmoe.parameters import parameter, run_on_shards
@@ -172,7 +172,7 @@ class DenseMLP(GatedMLP):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str,
+        activation: Activation,
         mesh: Mesh,
         dtype,
         rngs: nnx.Rngs,

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_epmoe.config import Activation
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
+from jax_epmoe.kernels.grouped_gemm.reference import outer
 from jax_epmoe.kernels.rows import combine, dispatch
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
 from jax_epmoe.quant import QuantizedArray, QuantizedWeights
@@ -45,10 +47,11 @@ def run_experts(
     weights: jax.Array,
     plan: Plan,
     base: jax.Array | None,
-    activation: str,
+    activation: Activation,
     backend: str | None,
     chunk_rows: int,
     expected_rows: int | None = None,
+    biases: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """`base` and each token's weighted sum over its experts on this device, if it has any. Differentiable by recomputation.
 
@@ -62,17 +65,20 @@ def run_experts(
       weights: `[T, k]` float32.
       plan: of the device's rows.
       base: `[T, H]` float32; None: zeros.
-      activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh".
+      activation: as `grouped_gemm`'s.
       backend: of `grouped_gemm`.
       chunk_rows: how many rows are processed at a time, a multiple of 8.
       expected_rows: about how many of the pairs will be this device's; None: all.
+      biases: `[E, 2, I]`, added to what `w_gate_up` gives, and `[E, H]`, to what `w_down` gives; or None.
 
     Returns:
       `[T, H]` in the tokens' dtype, summed in float32.
     """
 
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
-    gate_up, down = _products(tokens, w_gate_up, w_down, activation, multiply, deal=_mostly_here(plan, expected_rows))
+    gate_up, down = _products(
+        tokens, w_gate_up, w_down, biases or (None, None), activation, multiply, deal=_mostly_here(plan, expected_rows)
+    )
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
         with jax.named_scope("gate_up"):
@@ -93,7 +99,8 @@ def _products(
     tokens: jax.Array,
     w_gate_up: jax.Array | QuantizedWeights,
     w_down: jax.Array | QuantizedWeights,
-    activation: str,
+    biases: tuple[jax.Array, jax.Array] | tuple[None, None],
+    activation: Activation,
     multiply: Callable[..., Any],
     *,
     deal: bool,
@@ -102,14 +109,16 @@ def _products(
 
     `deal`: tokens are dealt to their rows, if a kernel does that, rather than gathered by them.
     """
+    gate_up_bias, down_bias = biases
     if not (isinstance(w_gate_up, QuantizedWeights) and isinstance(w_down, QuantizedWeights)):
 
         def plain_gate_up(chunk: _Chunk) -> jax.Array:
-            product = functools.partial(multiply, w=w_gate_up, group_sizes=chunk.group_sizes, activation=activation)
+            options = {"w": w_gate_up, "bias": gate_up_bias, "group_sizes": chunk.group_sizes, "activation": activation}
+            product = functools.partial(multiply, **options)
             rows = dispatch(tokens, chunk.pair_row, len(chunk.row_token)) if deal else None
             return product(tokens, row_index=chunk.row_token) if rows is None else product(rows)
 
-        return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes)
+        return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes, bias=down_bias)
 
     with jax.named_scope("quantize"):
         x = w_gate_up.quantize_input(tokens)
@@ -118,54 +127,67 @@ def _products(
     def gate_up(chunk: _Chunk) -> QuantizedArray:
         scales = {"x_scale": x.scales, "w_scale": first.scales, "out_scale": w_down.input_scales}
         options = {"row_index": chunk.row_token, "activation": activation, "quantize_out": w_down.format.activations}
-        return multiply(x.values, first.values, chunk.group_sizes, **scales, **options)
+        return multiply(x.values, first.values, chunk.group_sizes, bias=gate_up_bias, **scales, **options)
 
     def down(chunk: _Chunk, hidden: QuantizedArray) -> jax.Array:
         scales = {"x_scale": hidden.scales, "w_scale": second.scales}
-        return multiply(hidden.values, second.values, chunk.group_sizes, **scales, out_dtype=tokens.dtype)
+        return multiply(
+            hidden.values, second.values, chunk.group_sizes, bias=down_bias, **scales, out_dtype=tokens.dtype
+        )
 
     return gate_up, down
 
 
-def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows):
+def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows, biases):
     if isinstance(w_gate_up, QuantizedWeights):
         refuse_gradient()
-    out = run_experts(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows)
-    return out, (tokens, w_gate_up, w_down, weights, plan, base is not None)
+    out = run_experts(
+        tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows, biases
+    )
+    return out, (tokens, w_gate_up, w_down, weights, plan, base is not None, biases)
 
 
 def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
-    tokens, w_gate_up, w_down, weights, plan, has_base = saved
+    tokens, w_gate_up, w_down, weights, plan, has_base, biases = saved
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
 
     def add_chunk(chunk: _Chunk, sums):
-        d_tokens, d_w_gate_up, d_w_down, d_weights = sums
+        d_tokens, d_w_gate_up, d_w_down, d_weights, d_biases = sums
         row_weight = weights.reshape(-1)[chunk.row_pair][:, None]
-        rows = tokens[chunk.row_token]
+        rows, d_out_rows = tokens[chunk.row_token], d_out[chunk.row_token]
         hidden, pull_gate_up = jax.vjp(
-            lambda x, w: multiply(x, w, chunk.group_sizes, activation=activation), rows, w_gate_up
+            lambda x, w, bias: multiply(x, w, chunk.group_sizes, bias=bias, activation=activation),
+            rows,
+            w_gate_up,
+            None if biases is None else biases[0],
         )
         # A row's weight may as well scale what goes into the second product: its gradient then needs no y.
         scaled = (row_weight * hidden).astype(tokens.dtype)
         _, pull_down = jax.vjp(lambda x, w: multiply(x, w, chunk.group_sizes), scaled, w_down)
-        d_scaled, d_w_down_part = pull_down(d_out[chunk.row_token].astype(tokens.dtype))
+        d_scaled, d_w_down_part = pull_down(d_out_rows.astype(tokens.dtype))
         d_row_weight = jnp.sum(d_scaled.astype(jnp.float32) * hidden, axis=1)
-        d_rows, d_w_gate_up_part = pull_gate_up((row_weight * d_scaled).astype(tokens.dtype))
+        d_rows, d_w_gate_up_part, d_gate_up_bias = pull_gate_up((row_weight * d_scaled).astype(tokens.dtype))
+        if biases is not None:  # of what a token gets, each row's weight times its expert's vector
+            of_rows = jnp.repeat(biases[1], chunk.group_sizes, axis=0, total_repeat_length=len(rows))
+            d_row_weight += jnp.sum(d_out_rows.astype(jnp.float32) * of_rows, axis=1)
+            d_down_bias = outer(d_out_rows, row_weight.astype(d_out.dtype), chunk.group_sizes, out_dtype=jnp.float32)
+            d_biases = d_biases[0] + d_gate_up_bias, d_biases[1] + d_down_bias[..., 0]
         return (
             combine(d_rows, chunk.pair_row, jnp.ones_like(weights), d_tokens),
             d_w_gate_up + d_w_gate_up_part,
             d_w_down + d_w_down_part,
             d_weights + d_row_weight.at[chunk.pair_row].get(mode="fill", fill_value=0),
+            d_biases,
         )
 
-    inputs = (tokens, w_gate_up, w_down, weights)
-    sums = tuple(jnp.zeros(value.shape, jnp.float32) for value in inputs)
+    inputs = (tokens, w_gate_up, w_down, weights, biases)
+    sums = jax.tree.map(lambda value: jnp.zeros(value.shape, jnp.float32), inputs)
     if _is_one_chunk(plan, chunk_rows):
         sums = add_chunk(_whole(plan), sums)
     else:
         sums = _over_chunks(plan, chunk_rows, add_chunk, sums)
-    gradients = (total.astype(value.dtype) for total, value in zip(sums, inputs, strict=True))
-    return *gradients, None, d_out.astype(jnp.float32) if has_base else None
+    *gradients, d_biases = jax.tree.map(lambda total, value: total.astype(value.dtype), sums, inputs)
+    return *gradients, None, d_out.astype(jnp.float32) if has_base else None, d_biases
 
 
 run_experts.defvjp(_forward, _backward)

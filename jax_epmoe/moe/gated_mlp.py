@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_epmoe.config import Activation
 from jax_epmoe.kernels.activations import gate
 from jax_epmoe.parameters import parameter
 from jax_epmoe.quant import NOT_QUANTIZED, Quantization
@@ -26,7 +27,7 @@ class GatedMLP(nnx.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str,
+        activation: Activation,
         axes: Sequence[str],
         mesh: Mesh,
         dtype: jax.typing.DTypeLike,

@@ -22,17 +22,14 @@ from jax_epmoe.quantized_parameters import expert_weights
 
 
 class Router(nnx.Module):
-    """Parameters `weight [E, H]` and, where the config asks, `correction_bias [E]`; float32 when made, on every device."""
+    """Parameters `weight [E, H]` and, where the config asks, `bias [E]` and `correction_bias [E]`; float32 when made, on every device."""
 
     def __init__(self, config: MoEConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         shape = (config.num_experts, config.hidden_size)
         self.weight = parameter(shape, (None, None), mesh=mesh, dtype=jnp.float32, rngs=rngs)
-        zeros = nnx.initializers.zeros
-        self.correction_bias = (
-            parameter(shape[:1], (None,), mesh=mesh, dtype=jnp.float32, rngs=rngs, init=zeros)
-            if config.correction_bias
-            else None
-        )
+        vector: dict[str, Any] = {"mesh": mesh, "dtype": jnp.float32, "rngs": rngs, "init": nnx.initializers.zeros}
+        self.bias = parameter(shape[:1], (None,), **vector) if config.router_bias else None
+        self.correction_bias = parameter(shape[:1], (None,), **vector) if config.correction_bias else None
 
 
 class EPMoE(nnx.Module):
@@ -45,7 +42,7 @@ class EPMoE(nnx.Module):
     before, one reduce-scatter after. No token is ever dropped.
 
     Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
-    `w_down [E, H, I]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
+    `w_down [E, H, I]`, with expert biases `gate_up_bias [E, 2, I]` and `down_bias [E, H]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
     with zeros, which change neither outputs nor gradients. Quantised, each of these weights is a module with `values`, `scales` and, in
     a static format, `input_scales` (see `jax_epmoe.quant`).
     """
@@ -104,6 +101,7 @@ class EPMoE(nnx.Module):
         self.backend = "xla" if backend is None and mesh.devices.flat[0].platform == "cpu" else backend
         self.data_axes = data
         self.expert_axis = expert_axis
+        self.tensor_axis = tensor_axis
         self.reduce_axes = reduced
         self.split_tokens = split_tokens and axes_size(mesh, reduced) > 1
         experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
@@ -127,6 +125,10 @@ class EPMoE(nnx.Module):
         self.w_down = expert_weights(
             (experts, hidden, inner), (expert_axis, None, tensor_axis), format, shared_input=False, **new
         )
+        if config.expert_bias:
+            zeros = nnx.initializers.zeros
+            self.gate_up_bias = parameter((experts, 2, inner), (expert_axis, None, tensor_axis), init=zeros, **new)
+            self.down_bias = parameter((experts, hidden), (expert_axis, None), init=zeros, **new)
         shared_size = config.shared_intermediate_size
         self.shared = (
             GatedMLP(
@@ -189,8 +191,10 @@ class EPMoE(nnx.Module):
         local_experts = self.w_down.shape[0]
         first_expert = jax.lax.axis_index(self.expert_axis) * local_experts if self.expert_axis else 0
         with jax.named_scope("router"):
-            bias = None if self.router.correction_bias is None else self.router.correction_bias[...]
-            weights, ids = route(tokens, self.router.weight[...], bias, config)
+            bias, correction_bias = (
+                None if vector is None else vector[...] for vector in (self.router.bias, self.router.correction_bias)
+            )
+            weights, ids = route(tokens, self.router.weight[...], correction_bias, config, bias)
             ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, local_experts)
@@ -209,10 +213,20 @@ class EPMoE(nnx.Module):
             self.backend,
             self._chunk_rows(ids.size, x.dtype.itemsize),
             -(-ids.size // axes_size(self.mesh, self.expert_axis)),
+            self._expert_biases(),
         ).reshape(x.shape)
         if axes_size(self.mesh, self.reduce_axes) > 1:
             out = sum_tokens(out, self.reduce_axes, split=self.split_tokens)
         return out, plan.group_sizes
+
+    def _expert_biases(self) -> tuple[jax.Array, jax.Array] | None:
+        """This device's; what the devices of `tensor_axis` give is summed, so the first of them alone adds `down_bias`."""
+        if not self.config.expert_bias:
+            return None
+        down_bias = self.down_bias[...]
+        if axes_size(self.mesh, self.tensor_axis) > 1:
+            down_bias = jnp.where(jax.lax.axis_index(self.tensor_axis) == 0, down_bias, 0)
+        return self.gate_up_bias[...], down_bias
 
     def _chunk_rows(self, pairs: int, itemsize: int) -> int:
         if self.chunk_rows is not None:

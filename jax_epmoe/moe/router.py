@@ -11,7 +11,11 @@ from jax_epmoe.kernels.device import on_hopper
 
 
 def route(
-    x: jax.Array, router_weight: jax.Array, correction_bias: jax.Array | None, config: MoEConfig
+    x: jax.Array,
+    router_weight: jax.Array,
+    correction_bias: jax.Array | None,
+    config: MoEConfig,
+    router_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses `k` of `E` experts for each token, by the steps that `MoEConfig` lists.
 
@@ -20,11 +24,15 @@ def route(
       router_weight: `[E, H]`.
       correction_bias: `[E]` or None.
       config: the layer's.
+      router_bias: `[E]`, added to the logits, or None.
 
     Returns:
       weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
     """
-    weights, ids = _choose(_logits(x, router_weight), correction_bias, config)
+    logits = _logits(x, router_weight)
+    if router_bias is not None:
+        logits += router_bias.astype(jnp.float32)
+    weights, ids = _choose(logits, correction_bias, config)
     if config.norm_topk_prob:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
     return weights * config.routed_scaling_factor, ids.astype(jnp.int32)

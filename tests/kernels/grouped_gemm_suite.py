@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jax_epmoe import grouped_gemm
+from jax_epmoe.config import Activation, ClampedSwiGLU
 
 
 class Shape(NamedTuple):
@@ -27,13 +28,20 @@ class Shape(NamedTuple):
     tokens: int  # rows of x when there is a row_index
 
 
+CLAMPED_SWIGLU = ClampedSwiGLU(limit=0.8)  # as low as that, it clamps about half
+
+
 class Variant(NamedTuple):
-    activation: str | None = None
+    activation: Activation | None = None
     bias: bool = False
     row_index: bool = False
 
     def __str__(self) -> str:
-        names = [self.activation or "plain", "bias" * self.bias, "row_index" * self.row_index]
+        names = [
+            "clamped_swiglu" if self.activation == CLAMPED_SWIGLU else self.activation or "plain",
+            "bias" * self.bias,
+            "row_index" * self.row_index,
+        ]
         return "-".join(name for name in names if name)
 
 
@@ -53,6 +61,7 @@ VARIANTS = (
     Variant("silu", bias=True, row_index=True),
     Variant("gelu", bias=True),
     Variant("gelu_pytorch_tanh", row_index=True),
+    Variant(CLAMPED_SWIGLU, bias=True),
 )
 # By norm(out - ref) / norm(ref).
 FORWARD_TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 5e-3}
@@ -60,7 +69,7 @@ GRADIENT_TOLERANCE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 @partial(jax.jit, static_argnames=("activation", "backend", "out_dtype"))
-def run(inputs: Inputs, activation: str | None, backend: str, out_dtype: str | None = None) -> jax.Array:
+def run(inputs: Inputs, activation: Activation | None, backend: str, out_dtype: str | None = None) -> jax.Array:
     x, w, group_sizes, row_index, bias = inputs
     return grouped_gemm(
         x, w, group_sizes, row_index=row_index, bias=bias, activation=activation, out_dtype=out_dtype, backend=backend
@@ -68,12 +77,14 @@ def run(inputs: Inputs, activation: str | None, backend: str, out_dtype: str | N
 
 
 @partial(jax.jit, static_argnames=("activation", "backend"))
-def run_gradients(inputs: Inputs, d_out: jax.Array, activation: str | None, backend: str) -> dict[str, jax.Array]:
+def run_gradients(
+    inputs: Inputs, d_out: jax.Array, activation: Activation | None, backend: str
+) -> dict[str, jax.Array]:
     return gradients(partial(grouped_gemm, activation=activation, backend=backend), inputs, d_out)
 
 
 @partial(jax.jit, static_argnames=("activation",))
-def dense_gradients(inputs: Inputs, d_out: jax.Array, activation: str | None) -> dict[str, jax.Array]:
+def dense_gradients(inputs: Inputs, d_out: jax.Array, activation: Activation | None) -> dict[str, jax.Array]:
     return gradients(partial(dense, activation=activation), inputs, d_out)
 
 
@@ -98,12 +109,14 @@ def dense(x, w, group_sizes, *, row_index, bias, activation) -> jax.Array:
     if bias is not None:
         product += bias[expert]
     if activation is not None:
+        if isinstance(activation, ClampedSwiGLU):
+            return jnp.where(inside, clamped_swiglu(activation, product[:, 0], product[:, 1], jnp.clip, jnp.exp), 0)
         act = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=False)}.get(activation, jax.nn.gelu)
         product = act(product[:, 0]) * product[:, 1]
     return jnp.where(inside, product, 0)
 
 
-def loop_over_groups(inputs: Inputs, activation: str | None) -> np.ndarray:
+def loop_over_groups(inputs: Inputs, activation: Activation | None) -> np.ndarray:
     """The definition in the docstring of `grouped_gemm`, in float64 -> `[sum(group_sizes), n]`."""
     x, w = (np.asarray(array).astype(np.float64) for array in (inputs.x, inputs.w))
     rows = x if inputs.row_index is None else x[np.asarray(inputs.row_index)[: int(inputs.group_sizes.sum())]]
@@ -115,9 +128,17 @@ def loop_over_groups(inputs: Inputs, activation: str | None) -> np.ndarray:
             out.append(block @ w[expert].T + bias)
         else:
             gate, up = (block @ w[expert, i].T + (bias if inputs.bias is None else bias[i]) for i in (0, 1))
-            out.append(NUMPY_ACTIVATIONS[activation](gate) * up)
+            if isinstance(activation, ClampedSwiGLU):
+                out.append(clamped_swiglu(activation, gate, up, np.clip, np.exp))
+            else:
+                out.append(NUMPY_ACTIVATIONS[activation](gate) * up)
         start += size
     return np.concatenate(out)
+
+
+def clamped_swiglu(activation: ClampedSwiGLU, gate, up, clip, exp):
+    gate, up = clip(gate, None, activation.limit), clip(up, -activation.limit, activation.limit)
+    return (up + 1) * gate / (1 + exp(-activation.alpha * gate))
 
 
 NUMPY_ACTIVATIONS = {

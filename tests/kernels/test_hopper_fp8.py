@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.float8_cases import KINDS, make_inputs, run
 
+from jax_epmoe.config import ClampedSwiGLU
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, tuning
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.quant import FP8, dequantize, scale_shape
@@ -19,14 +20,14 @@ from jax_epmoe.quant import FP8, dequantize, scale_shape
 LOW = Tiling(columns=128, heights=(16, 64), block_k=128, stages=2)
 CASES = {
     "blocks": {},
-    "blocks, a gate in float32": {"gated": True, "out_dtype": jnp.float32},
+    "blocks, a bias and gpt-oss's gate in float32": {"gated": True, "bias": True, "out_dtype": jnp.float32},
     "blocks, all k and n": {"k": 256, "n": 256, "tiling": Tiling(columns=256, heights=(64,), block_k=128, stages=2)},
     "blocks, two a step": {"tiling": Tiling(columns=128, heights=(16, 64), block_k=256, stages=2)},
     "channels, two a step": {"kinds": KINDS["channel"], "tiling": Tiling(columns=128, heights=(64,), block_k=256, stages=2)},
     "blocks, a gather": {"gather": 19, "sizes": (11, 0, 20), "rows": 40, "k": 256},
     "one scale a row of x, blocks of w": {"kinds": ("token", "block")},
     "one scale an expert, groups of x": {"kinds": ("group", "tensor")},
-    "channels": {"kinds": KINDS["channel"]},
+    "channels, a bias": {"kinds": KINDS["channel"], "bias": True},
     "channels, a gate, a gather": {"kinds": KINDS["channel"], "gated": True, "gather": 19, "sizes": (11, 0, 20), "rows": 40},
     "one scale each": {"kinds": KINDS["tensor"], "sizes": (1, 0, 1, 1), "gated": True},
     "rows that 8 does not divide": {"kinds": KINDS["tensor"], "rows": 61, "sizes": (30, 7, 24)},
@@ -46,6 +47,9 @@ def pretend_hopper(monkeypatch):
 def test_it_computes_the_definition(case):
     x, w, sizes, index = make_inputs(**case)
     options = {"activation": "silu" if case.get("gated") else None, "row_index": index}
+    if "bias" in case:
+        options["bias"] = jax.random.normal(jax.random.key(1), w.shape[:-1])
+        options["activation"] = ClampedSwiGLU(limit=0.8) if case.get("gated") else None
     out_dtype = case.get("out_dtype", jnp.bfloat16)
     detect_races = "group" not in case.get("kinds", ("group",)) and "block" not in case.get("kinds", ())
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
@@ -100,27 +104,28 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
         for shape, kind in zip(shapes, kinds, strict=True)
     ]
 
-    def multiply(x, w, sizes, x_scale, w_scale):
+    bias = jax.ShapeDtypeStruct(w_shape[:-1], jnp.bfloat16) if kinds == KINDS["channel"] else None
+
+    def multiply(x, w, sizes, x_scale, w_scale, bias):
         return hopper_fp8.quantized_matmul(
             x, w, sizes, x_scale=x_scale, w_scale=w_scale, activation="silu" if gated else None,
-            quantize_out=quantize_out, out_dtype=jnp.bfloat16,
+            bias=bias, quantize_out=quantize_out, out_dtype=jnp.bfloat16,
         )  # fmt: skip
 
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    lowered = jax.jit(multiply).trace(*shapes, sizes, *scales).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(multiply).trace(*shapes, sizes, *scales, bias).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"k": 272}, {"n": 132}, {"kinds": ("group", "channel")}, {"bias": jnp.zeros((4, 136))}, {"out_dtype": jnp.int8}],
+    [{"k": 272}, {"n": 132}, {"kinds": ("group", "channel")}, {"out_dtype": jnp.int8}],
     ids=lambda change: next(iter(change)),
 )
 def test_what_it_cannot_serve_it_refuses(change):
     x, w, sizes, _ = make_inputs(**change)
-    options = {name: change[name] for name in ("bias",) if name in change}
     with pytest.raises(NotImplementedError, match="hopper backend, float8: "):
-        run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=change.get("out_dtype", jnp.bfloat16), **options)
+        run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=change.get("out_dtype", jnp.bfloat16))
 
 
 def test_elsewhere_it_refuses(monkeypatch):

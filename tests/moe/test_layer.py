@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
+from jax_epmoe.config import ClampedSwiGLU
 
 H, I, SHARED, E, K = 16, 13, 11, 8, 3  # noqa: E741  odd intermediate sizes: most meshes have to pad them
 CONFIG = MoEConfig(H, I, E, K, norm_topk_prob=True, shared_intermediate_size=SHARED)
@@ -24,6 +25,10 @@ SIGMOID = MoEConfig(
     H, I, E, K, activation="gelu_pytorch_tanh", scoring="sigmoid", correction_bias=True, n_group=4, topk_group=2,
     group_score="top2_sum", norm_topk_prob=True, routed_scaling_factor=2.5, shared_intermediate_size=SHARED,
     shared_expert_gate=True,
+)  # fmt: skip
+# gpt-oss; the limit is so low that it clamps.
+BIASED = MoEConfig(
+    H, I, E, K, activation=ClampedSwiGLU(limit=0.7), norm_topk_prob=True, router_bias=True, expert_bias=True,
 )  # fmt: skip
 MESHES = ((1, 1, 1), (8, 8, 1), (8, 4, 1), (8, 1, 1), (4, 2, 2), (2, 2, 4))
 SHAPE = (8, 3, H)  # of x: 24 tokens
@@ -45,7 +50,11 @@ def make_parameters(config: MoEConfig, seed: int = 0) -> Arrays:
     router = {"weight": 3 * normal(E, H)}
     if config.correction_bias:
         router["correction_bias"] = normal(E)
+    if config.router_bias:
+        router["bias"] = normal(E)
     parameters = {"router": router, "w_gate_up": normal(E, 2, I, H), "w_down": normal(E, H, I)}
+    if config.expert_bias:
+        parameters |= {"gate_up_bias": normal(E, 2, I), "down_bias": normal(E, H)}
     if config.shared_intermediate_size:
         parameters["shared"] = {"w_gate_up": normal(2, SHARED, H), "w_down": normal(H, SHARED)}
     if config.shared_expert_gate:
@@ -59,12 +68,21 @@ def make_x(seed: int = 1, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 def dense(parameters: Arrays, x: jax.Array, mask: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """Output and load; an expert that a token did not choose weighs 0. Chosen: fewer than k experts rank higher."""
-    act = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}[config.activation]
     einsum = partial(jnp.einsum, precision="highest")
 
-    def mlps(w_gate_up: jax.Array, w_down: jax.Array) -> jax.Array:
+    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+        if isinstance(config.activation, ClampedSwiGLU):
+            alpha, limit = config.activation.alpha, config.activation.limit
+            gate = jnp.clip(gate, None, limit)
+            return gate / (1 + jnp.exp(-alpha * gate)) * (1 + jnp.clip(up, -limit, limit))
+        return {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}[config.activation](gate) * up
+
+    def mlps(w_gate_up: jax.Array, w_down: jax.Array, gate_up_bias=None, down_bias=None) -> jax.Array:
         gate, up = (einsum("th,eih->tei", tokens, w_gate_up[:, i]) for i in (0, 1))
-        return einsum("tei,ehi->teh", act(gate) * up, w_down)
+        if gate_up_bias is not None:
+            gate, up = gate + gate_up_bias[:, 0], up + gate_up_bias[:, 1]
+        out = einsum("tei,ehi->teh", gated(gate, up), w_down)
+        return out if down_bias is None else out + down_bias
 
     def is_among_best(values: jax.Array, count: int) -> jax.Array:
         index = jnp.arange(values.shape[-1])
@@ -73,7 +91,7 @@ def dense(parameters: Arrays, x: jax.Array, mask: jax.Array, config: MoEConfig) 
         return beaten_by.sum(-1) < count
 
     tokens = x.reshape(-1, H)
-    logits = einsum("th,eh->te", tokens, parameters["router"]["weight"])
+    logits = einsum("th,eh->te", tokens, parameters["router"]["weight"]) + parameters["router"].get("bias", 0.0)
     scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores + parameters["router"].get("correction_bias", 0.0)
     groups = jnp.sort(choice.reshape(len(tokens), config.n_group, E // config.n_group))
@@ -84,7 +102,8 @@ def dense(parameters: Arrays, x: jax.Array, mask: jax.Array, config: MoEConfig) 
     if config.norm_topk_prob:
         weights /= weights.sum(-1, keepdims=True)
     routed = jnp.where(mask.reshape(-1, 1), weights * config.routed_scaling_factor, 0.0)
-    out = einsum("te,teh->th", routed, mlps(parameters["w_gate_up"], parameters["w_down"]))
+    names = ("w_gate_up", "w_down", "gate_up_bias", "down_bias")
+    out = einsum("te,teh->th", routed, mlps(*(parameters[name] for name in names if name in parameters)))
     if "shared" in parameters:
         shared = mlps(*(parameters["shared"][name][None] for name in ("w_gate_up", "w_down")))[:, 0]
         if config.shared_expert_gate:
@@ -182,7 +201,9 @@ def check_against_dense(config: MoEConfig, parameters: Arrays, x: np.ndarray, ma
 
 
 @each_mesh
-@pytest.mark.parametrize("config", [CONFIG, SIGMOID], ids=["softmax_and_shared", "sigmoid_and_gated_shared"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, SIGMOID, BIASED], ids=["softmax_and_shared", "sigmoid_and_gated_shared", "biases"]
+)
 def test_outputs_and_gradients_equal_the_dense_definition(config, sizes):
     mask = np.ones(SHAPE[:-1], bool)
     _, load = check_against_dense(config, make_parameters(config), make_x(), mask, make_mesh(*sizes))
@@ -219,14 +240,18 @@ def test_no_token_is_dropped_when_one_rank_gets_every_row(sizes):
     assert load.tolist() == [0, 0, 0, 24, 24, 24, 0, 0]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 8, 1), (8, 4, 1), (4, 2, 2)], ids=str)
-def test_rows_in_chunks_give_the_same(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [((1, 1, 1), CONFIG), ((8, 8, 1), CONFIG), ((8, 4, 1), BIASED), ((4, 2, 2), CONFIG)],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_rows_in_chunks_give_the_same(sizes, config):
     """Chunks of 8: three devices have several, the others none; each device loops as often as it must."""
-    parameters, x = make_parameters(CONFIG), make_x()
+    parameters, x = make_parameters(config), make_x()
     x[..., 0] = 1.0
     parameters["router"]["weight"][3:6, 0] += [20.0, 21.0, 22.0]
     mask = np.ones(SHAPE[:-1], bool)
-    check_against_dense(CONFIG, parameters, x, mask, make_mesh(*sizes), chunk_rows=8)
+    check_against_dense(config, parameters, x, mask, make_mesh(*sizes), chunk_rows=8)
 
 
 def test_without_a_mask_every_token_counts():

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_epmoe.config import require
-from jax_epmoe.kernels.activations import ACTIVATIONS, gate
+from jax_epmoe.config import ACTIVATIONS, Activation, is_activation, require
+from jax_epmoe.kernels.activations import gate
 from jax_epmoe.kernels.grouped_gemm import hopper, hopper_outer, reference, triton
 from jax_epmoe.kernels.grouped_gemm.quantized import quantized_gemm
 
@@ -34,7 +34,7 @@ def grouped_gemm(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     x_scale: jax.Array | None = None,
     w_scale: jax.Array | None = None,
     quantize_out: str | None = None,
@@ -52,7 +52,7 @@ def grouped_gemm(
         Rows past the sum are not read and cost no work; their output is unspecified.
       row_index: `[rows]` int32 or None.
       bias: `[experts, n]` (`[experts, 2, n]` with `activation`) added before the activation, or None.
-      activation: None, "silu", "gelu" (exact) or "gelu_pytorch_tanh".
+      activation: None, "silu", "gelu" (exact), "gelu_pytorch_tanh", or a `ClampedSwiGLU` in the place of `act(gate) * up`.
       x_scale: of a float8_e4m3fn x, float32: `[]`, `[rows]` or `[ceil(k / 128), rows]`, with the rows of x (tokens, with `row_index`).
       w_scale: of a float8_e4m3fn w, float32: `[experts]`, `[experts, n]` or `[experts, ceil(n / 128), ceil(k / 128)]`; with
         `activation` a 2 after the experts. Operands have both scales, or neither (see `jax_epmoe.quant`).
@@ -72,7 +72,7 @@ def grouped_gemm(
     """
     require(backend is None or backend in BACKENDS, "backend", backend, f"None or one of {', '.join(BACKENDS)}")
     require(
-        activation is None or activation in ACTIVATIONS, "activation", activation, f"None, {', '.join(ACTIVATIONS)}"
+        activation is None or is_activation(activation), "activation", activation, f"None, {', '.join(ACTIVATIONS)}"
     )
     gated = activation is not None
     expected = "[experts, 2, n, k]" if gated else "[experts, n, k]"

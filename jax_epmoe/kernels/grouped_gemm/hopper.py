@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.config import Activation
 from jax_epmoe.kernels import rows_hopper
-from jax_epmoe.kernels.activations import ACTIVATIONS
+from jax_epmoe.kernels.activations import gated
 from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule, tiles
 from jax_epmoe.kernels.grouped_gemm.layout import (
@@ -40,7 +41,7 @@ def matmul(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
     expected_rows: int | None = None,
@@ -54,14 +55,13 @@ def matmul(
     inside the kernel are slower.
 
     Raises:
-      NotImplementedError: another device than Hopper, another dtype, a bias, a k that 16 does not divide (for
+      NotImplementedError: another device than Hopper, another dtype, a k that 16 does not divide (for
         `transpose_w`: an n that 64 does not divide) or an n that 8 does not.
     """
     contraction, n = w.shape[-2:] if transpose_w else (w.shape[-1], w.shape[-2])
     refuse_unless_served(x.dtype, w.dtype, jnp.dtype(out_dtype))
     alignment = TRANSPOSED_ALIGNMENT if transpose_w else K_ALIGNMENT
     for refused, reason in (
-        (bias is not None, "there is a bias"),
         (x.size == 0 or w.size == 0, "an operand is empty"),
         (contraction % K_ALIGNMENT or w.shape[-1] % alignment, f"{alignment} does not divide {w.shape[-1]} or k"),
         (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
@@ -88,7 +88,10 @@ def matmul(
     elif padding:
         x = jnp.pad(x, ((0, padding), (0, 0)))
     w = w if activation else w[:, None]  # [experts, parts, n, k]
-    out = _run(x, w, plan, activation=activation, tiling=tiling, num_ctas=num_ctas, transpose_w=transpose_w)
+    if bias is not None:  # the last tiles read past its end
+        bias = bias.reshape(w.shape[0], -1, n)
+        bias = jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -n % tiling.columns)))
+    out = _run(x, w, plan, bias, activation=activation, tiling=tiling, num_ctas=num_ctas, transpose_w=transpose_w)
     return out[:rows] if padding else out
 
 
@@ -107,8 +110,9 @@ def _run(
     x: jax.Array,
     w: jax.Array,
     plan: jax.Array,
+    bias: jax.Array | None,
     *,
-    activation: str | None,
+    activation: Activation | None,
     tiling: Tiling,
     num_ctas: int,
     transpose_w: bool,
@@ -126,7 +130,8 @@ def _run(
     max_height = tiling.heights[-1]
     i32 = jnp.int32
 
-    def kernel(x_gmem, w_gmem, plan_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty):
+    def kernel(x_gmem, w_gmem, plan_gmem, *refs):
+        *bias_gmem, out_gmem, x_smem, w_smem, out_smem, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=column_tiles, heights=tiling.heights)
 
@@ -160,6 +165,17 @@ def _run(
             own = pl.ds(warpgroup * own_columns, own_columns)
 
             def multiply_tile(step, tile):
+                first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
+                biases = [
+                    plgpu.load(
+                        ref.at[tile.expert, part, pl.ds(first_column, own_columns)],
+                        layout=plgpu.Layout.WGMMA.reduce(1),
+                        optimized=False,
+                    )
+                    for ref in bias_gmem
+                    for part in range(parts)
+                ]
+
                 def main_loop(*accumulators):
                     def multiply(height):
                         @pl.loop(0, k_steps)
@@ -189,9 +205,15 @@ def _run(
 
                 accumulator = plgpu.ACC((own_columns, max_height), jnp.float32)
                 results = pl.run_scoped(main_loop, *[accumulator] * parts)
-                result = ACTIVATIONS[activation](results[0]) * results[1] if activation else results[0]
-                result = result.astype(x.dtype)  # [own_columns, max_height]; columns past the tile's height are zeros
-                first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
+                if biases:
+                    results = [
+                        result + lax.broadcast_in_dim(values, result.shape, (0,))
+                        for result, values in zip(results, biases, strict=True)
+                    ]
+                result = gated(activation, *results) if activation else results[0]
+                result = result.astype(
+                    x.dtype
+                )  # [own_columns, max_height]; columns past the tile's height mean nothing
                 for block in range(blocks):
                     slot = block % slots
                     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -220,4 +242,4 @@ def _run(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, plan)
+    )(x, w, plan, *([] if bias is None else [bias]))

@@ -14,8 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.config import Activation
 from jax_epmoe.kernels import quantize_hopper, rows_hopper
-from jax_epmoe.kernels.activations import ACTIVATIONS
+from jax_epmoe.kernels.activations import gated
 from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule, tiles
 from jax_epmoe.kernels.grouped_gemm.layout import FP8_K_ALIGNMENT, OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
@@ -35,7 +36,7 @@ def quantized_matmul(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     x_scale: jax.Array,
     w_scale: jax.Array,
     quantize_out: Granularity | None = None,
@@ -47,7 +48,7 @@ def quantized_matmul(
     """What `reference.quantized_matmul` computes; rows past the groups are left as they are. Scales as `grouped_gemm` has them.
 
     Raises:
-      NotImplementedError: another device than Hopper, a bias, a k that 32 or an n that 8 does not divide, 128 values of x a scale
+      NotImplementedError: another device than Hopper, a k that 32 or an n that 8 does not divide, 128 values of x a scale
         with other weights than blocks (or one for all of an expert's).
     """
     experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
@@ -59,7 +60,6 @@ def quantized_matmul(
         (not on_hopper(), "the device is not a Hopper GPU"),
         (x.dtype != FP8 or w.dtype != FP8, f"dtypes {x.dtype}, {w.dtype} are not {FP8}"),
         (out_dtype not in _OUTPUTS, f"out_dtype {out_dtype}"),
-        (bias is not None, "there is a bias"),
         (x.size == 0 or w.size == 0, "an operand is empty"),
         (k % FP8_K_ALIGNMENT, f"{FP8_K_ALIGNMENT} does not divide k"),
         (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
@@ -97,12 +97,16 @@ def quantized_matmul(
         x_scale = jnp.pad(x_scale, (0, tiling.heights[-1]))
         w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, n if by_channel else 1), (experts, parts, n))
         w_scale = jnp.pad(w_scale, ((0, 0), (0, 0), (0, -n % tiling.columns)))
+    if bias is not None:  # the last tiles read past its end
+        bias = bias.astype(jnp.float32).reshape(experts, parts, n)
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -n % tiling.columns)))
     out = _run(
         x,
         w.reshape(experts, parts, n, k),
         x_scale,
         w_scale,
         plan,
+        bias,
         activation=activation,
         tiling=tiling,
         num_ctas=num_sms(),
@@ -163,8 +167,9 @@ def _run(
     x_scale: jax.Array,
     w_scale: jax.Array,
     plan: jax.Array,
+    bias: jax.Array | None,
     *,
-    activation: str | None,
+    activation: Activation | None,
     tiling: Tiling,
     num_ctas: int,
     out_dtype: jnp.dtype,
@@ -185,7 +190,8 @@ def _run(
         """The i-th block of a step; past the end the last, which scales zeros."""
         return lax.min(k_step * promotions + i, pl.cdiv(k, BLOCK) - 1)
 
-    def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty):
+    def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
+        *bias_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=column_tiles, heights=tiling.heights)
 
@@ -241,6 +247,10 @@ def _run(
                 def along_rows(values, height):
                     return lax.broadcast_in_dim(values, (64, height), (1,))
 
+                def along_columns(ref, height):
+                    values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                    return lax.broadcast_in_dim(values, (64, height), (0,))
+
                 def multiply(height):
                     def k_body(k_step, carry):
                         sums, of_weights = carry
@@ -295,16 +305,13 @@ def _run(
                         of_parts = []
                         for part in range(parts):
                             result = results[part, block]
+                            place = (tile.expert, part, pl.ds(first_column + block * 64, 64))
                             if scaled_at_the_end:
-                                columns = pl.ds(first_column + block * 64, 64)
-                                of_columns = plgpu.load(
-                                    ws_gmem.at[tile.expert, part, columns],
-                                    layout=plgpu.Layout.WGMMA.reduce(1),
-                                    optimized=False,
-                                )
-                                result = result * of_rows * lax.broadcast_in_dim(of_columns, (64, height), (0,))
+                                result = result * of_rows * along_columns(ws_gmem.at[*place], height)
+                            for ref in bias_gmem:
+                                result = result + along_columns(ref.at[*place], height)
                             of_parts.append(result)
-                        result = ACTIVATIONS[activation](of_parts[0]) * of_parts[1] if activation else of_parts[0]
+                        result = gated(activation, *of_parts) if activation else of_parts[0]
                         result = result.astype(out_dtype)
                         if out_dtype.itemsize == 4:  # 16 bits go through the transposed view as they are: matrix stores
                             result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -341,5 +348,5 @@ def _run(
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, x_scale, w_scale, plan)
+    )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
     return out[:, :n]

@@ -6,7 +6,7 @@ from typing import NoReturn, cast
 import jax
 import jax.numpy as jnp
 
-from jax_epmoe.config import require
+from jax_epmoe.config import Activation, require
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, triton
 from jax_epmoe.quant import FP8, Granularity, QuantizedArray, quantize, scale_shape
 
@@ -25,7 +25,7 @@ def quantized_gemm(
     *,
     row_index: jax.Array | None,
     bias: jax.Array | None,
-    activation: str | None,
+    activation: Activation | None,
     quantize_out: str | None,
     out_dtype: jnp.dtype,
     backend: str | None,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_epmoe.config import Activation
 from jax_epmoe.kernels.activations import gate
 from jax_epmoe.quant import Granularity, QuantizedArray, dequantize, quantize
 
@@ -25,7 +26,7 @@ def matmul(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
     expected_rows: int | None = None,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_epmoe.config import Activation, ClampedSwiGLU
 from jax_epmoe.kernels.device import compute_capability
 from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
 from jax_epmoe.quant import BLOCK, FP8, Granularity, QuantizedArray
@@ -50,7 +51,7 @@ def matmul(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     transpose_w: bool = False,
     out_dtype: jax.typing.DTypeLike,
     expected_rows: int | None = None,
@@ -87,7 +88,7 @@ def quantized_matmul(
     *,
     row_index: jax.Array | None = None,
     bias: jax.Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     x_scale: jax.Array,
     w_scale: jax.Array,
     quantize_out: Granularity | None = None,
@@ -187,7 +188,7 @@ def _matmul(
     x_scale: jax.Array | None,
     w_scale: jax.Array | None,
     *,
-    activation: str | None,
+    activation: Activation | None,
     transpose_w: bool,
     out_dtype: jnp.dtype,
     tile: Tile,
@@ -221,13 +222,20 @@ def _matmul(
         STRIDE_K=n if transpose_w else 1,
         HAS_INDEX=row_index is not None,
         HAS_BIAS=bias is not None,
-        ACTIVATION=activation or "",
+        **_activation(activation),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BAND=_BAND,
         **_scale_strides(x_scale, w_scale, w),
     )
+
+
+def _activation(activation: Activation | None) -> dict[str, Any]:
+    """The activation as the kernel's compile-time constants."""
+    if isinstance(activation, ClampedSwiGLU):
+        return {"ACTIVATION": "clamped_swiglu", "ALPHA": float(activation.alpha), "LIMIT": float(activation.limit)}
+    return {"ACTIVATION": activation or "", "ALPHA": 0.0, "LIMIT": 0.0}
 
 
 def _scale_strides(x_scale: jax.Array | None, w_scale: jax.Array | None, w: jax.Array) -> dict[str, int]:

@@ -25,6 +25,8 @@ def matmul(
     HAS_INDEX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -105,7 +107,11 @@ def matmul(
         product += tl.load(bias + expert * (PARTS * N) + w_rows, mask=w_inside, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "":
         gate, up = tl.split(tl.reshape(product, (BLOCK_M, COLUMNS, 2)))
-        product = _activate(gate, ACTIVATION) * up
+        if ACTIVATION == "clamped_swiglu":
+            gate = tl.minimum(gate, LIMIT)
+            product = gate * tl.sigmoid(ALPHA * gate) * (tl.maximum(tl.minimum(up, LIMIT), -LIMIT) + 1)
+        else:
+            product = _activate(gate, ACTIVATION) * up
     columns = first_column + tl.arange(0, COLUMNS)
     tl.store(
         out + rows.to(tl.int64)[:, None] * N + columns[None, :],
