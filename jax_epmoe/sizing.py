@@ -186,7 +186,7 @@ class _Weight(NamedTuple):
         module, _, rest = self.name.partition(".")
         if module in ("embed", "head", "norm"):
             return "embedding_and_head"
-        if module == "moe" and rest in ("w_gate_up", "w_down"):
+        if module == "moe" and rest in ("w_gate_up", "w_down", "gate_up_bias", "down_bias"):
             return "experts"
         return "shared_and_dense" if module in ("moe", "mlp", "mlp_norm") else "attention"
 
@@ -202,7 +202,7 @@ class _Device:
             (DATA, EXPERT, TENSOR),
             axis_types=(AxisType.Auto,) * 3,
         )
-        one_of_each = config.replace(moe_layers=tuple(kinds))
+        one_of_each = config.replace(moe_layers=tuple(kinds), sliding_layers=())
         graphdef, state = abstract_model(one_of_each, mesh, dtype, "xla", layout.dp_attention)
         model = nnx.merge(graphdef, state)
         self.weights = []
@@ -254,7 +254,7 @@ class _Device:
         tokens: float = self.gathered * length
         read = 1.0
         name = weight.name
-        if name.endswith(("scale", "bias")):
+        if name.endswith(("scale", "bias", "sinks")):
             tokens = 0
         elif weight.part == "experts":
             top_k, experts = self.config.moe.top_k, self.config.moe.num_experts

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -43,12 +44,14 @@ def causal_attention(
     *,
     cached: bool,
     sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`attend`, through cuDNN where that serves the call.
 
     Args:
       positions: of the queries, `[B, S]`.
       cached: keys stand at positions 0 to L - 1; else at the queries' own, which rise by one, and S = L.
+      sinks: as `attend`'s. cuDNN knows none: what it computes is scaled, by what a sink would have left to the keys.
     """
     (batch, length, _, dim), num_keys = q.shape, k.shape[1]
     key_positions = _key_positions(batch, num_keys) if cached else positions
@@ -61,7 +64,7 @@ def causal_attention(
         and v.shape[-1] <= dim <= (256 if on_hopper() else 128)
         and not (masked and 2 * batch * length * num_keys > _MASK_BYTES)
     ):
-        return attend(q, k, v, positions, key_positions, scale, sliding_window)
+        return attend(q, k, v, positions, key_positions, scale, sliding_window, sinks)
     what_is_seen: dict[str, Any] = {}
     if masked:
         what_is_seen["mask"] = _visible(positions, key_positions, sliding_window)[:, None]
@@ -73,9 +76,42 @@ def causal_attention(
         if sliding_window is not None:
             what_is_seen["local_window_size"] = (sliding_window - 1, 0)
     padded_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, dim - v.shape[-1])))  # its dimension must be the keys'
-    library: Callable[..., jax.Array] = jax.nn.dot_product_attention
-    out = library(q, k, padded_v, scale=scale, implementation="cudnn", **what_is_seen)
-    return out[..., : v.shape[-1]]
+    if sinks is None:
+        library: Callable[..., jax.Array] = jax.nn.dot_product_attention
+        return library(q, k, padded_v, scale=scale, implementation="cudnn", **what_is_seen)[..., : v.shape[-1]]
+    out, log_sums = _cudnn_with_log_sums(q, k, padded_v, scale=scale, **what_is_seen)
+    # Of exp(log_sum) + exp(sink), the keys' part.
+    kept = jax.nn.sigmoid(log_sums - sinks.astype(jnp.float32))[..., None]
+    return (out[..., : v.shape[-1]] * kept).astype(v.dtype)
+
+
+def _cudnn_with_log_sums(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    local_window_size: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`jax.nn.dot_product_attention` by cuDNN, and the logarithm of each query's sum of exponentials, `[B, S, heads]` float32.
+
+    That function would return it too, but rounded to the queries' dtype, and so calls what it is made of. No gradient is asked of it.
+    """
+    mask_type = cudnn.MaskType.NO_MASK
+    if is_causal:
+        mask_type = cudnn.MaskType.CAUSAL
+    elif key_value_seq_lengths is not None:
+        mask_type = cudnn.MaskType.PADDING
+    window = None if local_window_size is None else local_window_size[0] + 1
+    out, log_sums = cudnn.dot_product_attention(
+        q, k, v, None, mask, query_seq_lengths, key_value_seq_lengths,
+        scale=scale, mask_type=mask_type, sliding_window_length=window, return_residual=True,
+    )  # fmt: skip
+    return out, jnp.swapaxes(log_sums, 1, 2)
 
 
 def queries_at_a_time(batch: int, length: int, heads: int, num_keys: int) -> int:
@@ -92,6 +128,7 @@ def attend(
     key_positions: jax.Array,
     scale: float,
     sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention in float32, causal by absolute position.
 
@@ -103,6 +140,7 @@ def attend(
       key_positions: `[B, L]`.
       scale: multiplies the scores.
       sliding_window: how many last positions, its own included, a query sees; None for all.
+      sinks: `[heads]`: a score more in each head's softmax, of a key whose value is zero; None for none.
 
     Returns:
       `[B, S, heads, Dv]` in v's dtype.
@@ -110,7 +148,7 @@ def attend(
     batch, length, heads, _ = q.shape
     size = queries_at_a_time(batch, length, heads, k.shape[1])
     if size == length:
-        return _attend(q, k, v, query_positions, key_positions, scale, sliding_window)
+        return _attend(q, k, v, query_positions, key_positions, scale, sliding_window, sinks)
     parts = -(-length // size)
     padding = parts * size - length
 
@@ -120,13 +158,13 @@ def attend(
         return jnp.moveaxis(padded.reshape(batch, parts, size, *x.shape[2:]), 1, 0)
 
     def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(part[0], k, v, part[1], key_positions, scale, sliding_window)
+        return _attend(part[0], k, v, part[1], key_positions, scale, sliding_window, sinks)
 
     out = jax.lax.map(one, (split(q), split(query_positions)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, parts * size, heads, v.shape[-1])[:, :length]
 
 
-def _attend(q, k, v, query_positions, key_positions, scale, sliding_window):
+def _attend(q, k, v, query_positions, key_positions, scale, sliding_window, sinks):
     """`attend`, with all scores at once."""
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
@@ -134,9 +172,19 @@ def _attend(q, k, v, query_positions, key_positions, scale, sliding_window):
     scores = jnp.einsum("bskgd,blkd->bkgsl", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
     visible = _visible(query_positions, key_positions, sliding_window)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = _softmax(scores, sinks).astype(v.dtype)
     out = jnp.einsum("bkgsl,blkd->bskgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
     return out.reshape(batch, length, heads, v.shape[-1]).astype(v.dtype)
+
+
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Of `scores [B, kv_heads, group, S, L]` along L; with `sinks`, of one score more that is then left out."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
+    largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+    powers = jnp.exp(scores - largest)
+    return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
 def _visible(query_positions: jax.Array, key_positions: jax.Array, sliding_window: int | None) -> jax.Array:
@@ -213,7 +261,7 @@ class GQA(Attention):
     """Grouped-query attention (Ainslie et al., 2023).
 
     Parameters: `q [heads, D, H]`, `k`, `v [kv_heads, D, H]`, `o [H, heads, D]`; with biases `q_bias [heads, D]`, `k_bias`,
-    `v_bias [kv_heads, D]`; with QK norm `q_norm`, `k_norm`. With fewer KV heads than devices, k and v are on every device, each
+    `v_bias [kv_heads, D]`; `o_bias [H]`; `sinks [heads]`; with QK norm `q_norm`, `k_norm`. With fewer KV heads than devices, k and v are on every device, each
     uses the head that its query heads need, and the cache holds one head a device.
     """
 
@@ -257,6 +305,10 @@ class GQA(Attention):
             self.q_bias = parameter((heads, dim), (head_axes, None), **new)
             self.k_bias = parameter((kv_heads, dim), (kv_axes, None), **new)
             self.v_bias = parameter((kv_heads, dim), (kv_axes, None), **new)
+        if config.o_bias:
+            self.o_bias = parameter((hidden_size,), (None,), **new)
+        if config.sinks:
+            self.sinks = parameter((heads,), (head_axes,), **new)
         if config.qk_norm == "head":
             self.q_norm = RMSNorm(dim, eps, **new)
             self.k_norm = RMSNorm(dim, eps, **new)
@@ -285,8 +337,12 @@ class GQA(Attention):
             cache = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
         if cached:
             k, v = (kv_cache.read(array, x.dtype) for array in cache)
-        out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window)
-        return self._output(out, self.o[...]), cache
+        sinks = self.sinks[...] if self.config.sinks else None
+        out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window, sinks=sinks)
+        out = self._output(out, self.o[...])
+        if self.config.o_bias:  # once, after the devices' parts are summed
+            out += self.o_bias[...].astype(out.dtype)
+        return out, cache
 
     def _own_heads(self, kv: jax.Array) -> jax.Array:
         """This device's KV heads `[local kv heads, ...]`: its shard, or the one head that its query heads read."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_epmoe.config import GQAConfig, ModelConfig, require
+from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, require
 from jax_epmoe.mesh import ALL_AXES, DATA, axes_size
 from jax_epmoe.models.attention import GQA, MLA, RopeTable
 from jax_epmoe.models.blocks import DenseMLP, Embedding, Head, RMSNorm, rope_table
@@ -28,6 +28,7 @@ class DecoderLayer(nnx.Module):
         self,
         config: ModelConfig,
         has_experts: bool,
+        attention: GQAConfig | MLAConfig,
         *,
         mesh: Mesh,
         dtype,
@@ -39,12 +40,10 @@ class DecoderLayer(nnx.Module):
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, **new)
-        if isinstance(config.attention, GQAConfig):
-            self.attention: GQA | MLA = GQA(
-                config.attention, config.rope, hidden, eps, data_parallel=dp_attention, **new
-            )
+        if isinstance(attention, GQAConfig):
+            self.attention: GQA | MLA = GQA(attention, config.rope, hidden, eps, data_parallel=dp_attention, **new)
         else:
-            self.attention = MLA(config.attention, config.rope, hidden, data_parallel=dp_attention, **new)
+            self.attention = MLA(attention, config.rope, hidden, data_parallel=dp_attention, **new)
         quantize_projections(self.attention, quantization.inside("attention"), **new)
         self.mlp_norm = RMSNorm(hidden, eps, **new)
         if has_experts:
@@ -126,6 +125,7 @@ class Decoder(nnx.Module):
                 DecoderLayer(
                     config,
                     has_experts,
+                    config.attention_of(i),
                     backend=backend,
                     dp_attention=dp_attention,
                     quantization=quantization.inside(f"layers.{i}"),

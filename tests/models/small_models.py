@@ -97,14 +97,16 @@ def numpy_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
-def numpy_attend(q, k, v, query_positions, key_positions, scale, window=None) -> np.ndarray:
-    """One query of one head at a time: softmax over the keys that it may see."""
+def numpy_attend(q, k, v, query_positions, key_positions, scale, window=None, sinks=None) -> np.ndarray:
+    """One query of one head at a time: softmax over the keys that it may see, and its head's sink."""
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, s, head in np.ndindex(q.shape[:3]):
         distance = query_positions[b, s] - key_positions[b]
         seen = (distance >= 0) & (distance < (window or np.inf))
         kv_head = head // (q.shape[2] // k.shape[2])
         scores = k[b, seen, kv_head] @ q[b, s, head] * scale
+        if sinks is not None:
+            scores = np.append(scores, sinks[head])
         weights = np.exp(scores - scores.max())
-        out[b, s, head] = weights / weights.sum() @ v[b, seen, kv_head]
+        out[b, s, head] = (weights / weights.sum())[: seen.sum()] @ v[b, seen, kv_head]
     return out

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from small_models import compiled, lively, numpy_attend, numpy_norm, numpy_rotate, relative_error
 
 from jax_epmoe import make_mesh
@@ -25,14 +26,16 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("sinks", [None, np.array([-9.0, -1.0, 0.0, 0.5, 2.0, 50.0])], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 3], ids=lambda w: f"window {w}")
 @pytest.mark.parametrize("kv_heads", [1, 2, 6], ids=lambda n: f"{n} kv heads")
-def test_attend_is_a_softmax_over_what_each_query_may_see(window, kv_heads):
+def test_attend_is_a_softmax_over_what_each_query_may_see(window, kv_heads, sinks):
     q, k, v = random(2, 4, 6, 5), random(2, 9, kv_heads, 5, seed=1), random(2, 9, kv_heads, 3, seed=2)
     query_positions = np.array([[0, 3, 4, 8], [5, 5, 1, 2]])
     key_positions = np.array([[*range(9)], [4, 2, 0, 1, 5, 7, 3, 8, 6]])  # the second in another order
-    got = attend(*map(jnp.asarray, (q, k, v, query_positions, key_positions)), 0.7, window)
-    want = numpy_attend(q, k, v, query_positions, key_positions, 0.7, window)
+    of_jax = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+    got = attend(*map(jnp.asarray, (q, k, v, query_positions, key_positions)), 0.7, window, of_jax)
+    want = numpy_attend(q, k, v, query_positions, key_positions, 0.7, window, sinks)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -54,9 +57,10 @@ def test_attend_is_the_same_for_a_few_queries_at_a_time(fitting, monkeypatch):
         jnp.asarray(rng.normal(size=(2, length, heads, 4)), jnp.float32) for length, heads in ((7, 4), (9, 2), (9, 2))
     )
     positions = jnp.asarray(rng.integers(0, 9, (2, 7))), jnp.broadcast_to(jnp.arange(9), (2, 9))
-    whole = attend(q, k, v, *positions, 0.5, 6)
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
+    whole = attend(q, k, v, *positions, 0.5, 6, sinks)
     monkeypatch.setattr(attention_module, "_SCORES_BYTES", fitting * 4 * 2 * 4 * 9)
-    np.testing.assert_allclose(attend(q, k, v, *positions, 0.5, 6), whole, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(attend(q, k, v, *positions, 0.5, 6, sinks), whole, rtol=1e-6, atol=1e-7)
 
 
 def test_the_memory_of_scores_is_bounded():
@@ -84,28 +88,40 @@ def on_a_gpu(monkeypatch):
         calls.append(kwargs)
         return library(*args, implementation="xla", **kwargs)
 
+    def with_log_sums(q, k, v, bias, mask, q_lengths, kv_lengths, *, mask_type, sliding_window_length, **kwargs):
+        """What JAX keeps to itself, from its public function in float32."""
+        calls.append(kwargs)
+        arrays, window = (a.astype(jnp.float32) for a in (q, k, v)), sliding_window_length
+        out, log_sums = library(
+            *arrays, bias, mask, query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths, implementation="xla",
+            is_causal=mask_type == MaskType.CAUSAL, local_window_size=window and (window - 1, 0), **kwargs,
+        )  # fmt: skip
+        return out.astype(q.dtype), jnp.swapaxes(log_sums, 1, 2)
+
     library = jax.nn.dot_product_attention
+    monkeypatch.setattr(attention_module.cudnn, "dot_product_attention", with_log_sums)
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     monkeypatch.setattr(attention_module, "compute_capability", lambda: 80)
     return calls
 
 
+@pytest.mark.parametrize("sinks", [None, jnp.array([-9.0, -1.0, 1.0, 4.0])], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 3], ids=lambda w: f"window {w}")
 @pytest.mark.parametrize(
     ("starts", "length", "cached"),
     [([0, 0], 7, False), ([4, 0], 3, True), ([5, 8], 1, True)],
     ids=["a whole sequence", "a chunk", "a token"],
 )
-def test_the_library_sees_what_the_definition_sees(starts, length, cached, window, on_a_gpu):
+def test_the_library_sees_what_the_definition_sees(starts, length, cached, window, sinks, on_a_gpu):
     num_keys = 9 if cached else length
     shapes = ((2, length, 4, 16), (2, num_keys, 2, 16), (2, num_keys, 2, 8))
     q, k, v = (jnp.asarray(random(*shape, seed=i), jnp.bfloat16) for i, shape in enumerate(shapes))
     positions = jnp.asarray(starts)[:, None] + jnp.arange(length)
-    got = causal_attention(q, k, v, positions, 0.3, cached=cached, sliding_window=window)
+    got = causal_attention(q, k, v, positions, 0.3, cached=cached, sliding_window=window, sinks=sinks)
     key_positions = jnp.broadcast_to(jnp.arange(9), (2, 9)) if cached else positions
-    want = attend(q, k, v, positions, key_positions, 0.3, window)
+    want = attend(q, k, v, positions, key_positions, 0.3, window, sinks)
     assert len(on_a_gpu) == 1
-    assert got.shape == want.shape
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
     assert relative_error(got, want) < 1e-2
 
 
@@ -161,8 +177,8 @@ def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
         for a in (q, k)
     )
     scale = config.head_dim**-0.5 * rope.softmax_scale_factor
-    out = numpy_attend(q, k, v, positions, positions, scale, config.sliding_window)
-    return np.einsum("bsnd,hnd->bsh", out, w["o"])
+    out = numpy_attend(q, k, v, positions, positions, scale, config.sliding_window, w.get("sinks"))
+    return np.einsum("bsnd,hnd->bsh", out, w["o"]) + w.get("o_bias", 0.0)
 
 
 @on_meshes
@@ -174,6 +190,7 @@ def numpy_gqa(w, config: GQAConfig, rope: RopeConfig, x, positions):
         {"num_kv_heads": 2, "qk_norm": "head"},
         {"num_kv_heads": 2, "qkv_bias": True},
         {"num_kv_heads": 2, "rotary_dim": 4},
+        {"num_kv_heads": 2, "sliding_window": 3, "sinks": True, "o_bias": True},
         {"num_kv_heads": 4, "qk_norm": "full", "clip_qkv": 1.0},
         {"num_kv_heads": 1, "qk_norm": "full"},
         {"num_kv_heads": 2, "qk_norm": "head", "clip_qkv": 0.8},

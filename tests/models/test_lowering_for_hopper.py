@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
-from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from jax_epmoe.kernels import rows
 from jax_epmoe.kernels.grouped_gemm import hopper
 from jax_epmoe.models import attention
@@ -24,6 +24,14 @@ GQA = ModelConfig(
 )
 MLA = GQA.replace(
     attention=MLAConfig(num_heads=8, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+)
+GPT_OSS = GQA.replace(
+    attention=GQAConfig(
+        num_heads=8, num_kv_heads=4, head_dim=64, qkv_bias=True, o_bias=True, sinks=True, sliding_window=9
+    ),
+    moe=MoEConfig(256, 256, num_experts=8, top_k=2, activation=ClampedSwiGLU(), router_bias=True, expert_bias=True),
+    moe_layers=(True, True),
+    sliding_layers=(True, False),
 )
 LENGTH = 64
 
@@ -63,6 +71,14 @@ def test_products_rows_and_attention_have_their_kernels(config, new_tokens, size
     # Two products, their list of tiles (one function, where it is the same), rows brought together, combine; MLA's decoding.
     assert program.count("custom_call @mosaic_gpu") >= 5 + own_attention
     assert "CustomSPMDPartitioning" not in program  # nothing is left to the partitioner inside a shard_map
+
+
+@pytest.mark.parametrize("new_tokens", [1, 16, LENGTH], ids=["a token", "a chunk", "a whole sequence"])
+def test_gpt_oss_has_them_too(new_tokens):
+    program = lowered(GPT_OSS, 4, 2, new_tokens)
+    assert program.count("stablehlo.custom_call @__cudnn$fmha") == 2, "some attention was left to the definition in XLA"
+    assert program.count("custom_call @mosaic_gpu") >= 5
+    assert "stablehlo.while" not in program, "some product was left to the definition in XLA"
 
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
