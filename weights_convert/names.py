@@ -1,10 +1,12 @@
 """What each of our parameters is made from: a table of Hugging Face's tensor names for every family."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jax_epmoe.config import ModelConfig
+from weights_convert.expert_stacks import BLOCK_BYTES, GROUP
 
 
 @dataclass(frozen=True)
@@ -13,17 +15,22 @@ class Source:
 
     Two names are a gate and an up projection, stacked in this order on a new axis (after the experts').
     `heads` is the first of the two axes of ours, heads and head_dim, that the tensor holds as one.
+    `axes`: of a tensor that holds all experts, the axes of ours that each of its own is: (2, 1) are two in one, the last runs fastest.
+    `mxfp4`: the same where it is in MXFP4, in two tensors whose names end in `_blocks` and `_scales`.
     """
 
     names: tuple[str, ...]
     heads: int | None = None
+    axes: tuple[tuple[int, ...], ...] | None = None
+    mxfp4: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
     """Where one tensor goes: `parameter[index]`, and the shape that it has in the file, or the other that it may have.
 
-    `kind`: "weight", or the part of a quantised parameter that it is: "values", "scales", "input_scales".
+    `kind`: "weight", or the part of a quantised parameter that it is: "values", "scales", "input_scales"; of one in MXFP4, "blocks"
+    and "block_scales". `axes` as `Source` has them.
     """
 
     parameter: str
@@ -31,6 +38,7 @@ class Piece:
     shape: tuple[int, ...]
     kind: str = "weight"
     other_shape: tuple[int, ...] | None = None
+    axes: tuple[tuple[int, ...], ...] | None = None
 
 
 LAYER = "model.layers.{i}."
@@ -120,6 +128,24 @@ FAMILIES: dict[str, dict[str, Source]] = {
         **_SHARED,
         **_DENSE,
     },
+    "gpt_oss": {
+        **_MODEL,
+        **_GQA,
+        **_QKV_BIAS,
+        "layers.{i}.attention.o_bias": _one(LAYER + "self_attn.o_proj.bias"),
+        "layers.{i}.attention.sinks": _one(LAYER + "self_attn.sinks"),
+        "layers.{i}.moe.router.weight": _one(LAYER + "mlp.router.weight"),
+        "layers.{i}.moe.router.bias": _one(LAYER + "mlp.router.bias"),
+        # Gate and up take turns: of ours, [E, 2, I, H], the file has [E, H, (I, 2)], in MXFP4 [E, (I, 2), H].
+        "layers.{i}.moe.w_gate_up": Source(
+            (LAYER + "mlp.experts.gate_up_proj",), axes=((0,), (3,), (2, 1)), mxfp4=((0,), (2, 1), (3,))
+        ),
+        "layers.{i}.moe.w_down": Source(
+            (LAYER + "mlp.experts.down_proj",), axes=((0,), (2,), (1,)), mxfp4=((0,), (1,), (2,))
+        ),
+        "layers.{i}.moe.gate_up_bias": Source((LAYER + "mlp.experts.gate_up_proj_bias",), axes=((0,), (2, 1))),
+        "layers.{i}.moe.down_bias": _one(LAYER + "mlp.experts.down_proj_bias"),
+    },
     "qwen2_moe": {
         **_MODEL,
         **_GQA,
@@ -152,16 +178,25 @@ def mtp_tensors(names: Iterable[str], config: ModelConfig) -> set[str]:
 
 
 def pieces(
-    family: str, shapes: Mapping[str, Sequence[int]], suffixes: Mapping[str, str] | None = None
+    family: str,
+    shapes: Mapping[str, Sequence[int]],
+    suffixes: Mapping[str, str] | None = None,
+    is_mxfp4: bool = False,
 ) -> dict[str, Piece]:
     """By Hugging Face's name, every tensor that a model of `family` with parameters of these `shapes` is made from.
 
     `suffixes`: what "scales" and "input_scales" of a quantised weight have at the end of their names, for `.weight`.
+    `is_mxfp4`: what can be in MXFP4 is.
     """
-    found = {}
+    found: dict[str, Piece] = {}
     for parameter, shape in shapes.items():
         base, kind = split_name(parameter)
         source, layer = _source(family, base)
+        if source.axes is not None:
+            if kind != "weight":
+                raise ValueError(f"tensor {first_tensor(family, base)} is float8; a {family} should have it in mxfp4 or wider")
+            found |= _stack(parameter, source, shape, source.names[0].format(i=layer), is_mxfp4)
+            continue
         has_experts, is_pair = "{e}" in source.names[0], len(source.names) == 2
         stored = tuple(shape[has_experts + is_pair :])
         if source.heads is not None and kind == "weight":
@@ -177,6 +212,30 @@ def pieces(
                     full = full.removesuffix(".weight") + suffixes[kind]
                 found[full] = Piece(parameter, index, stored, kind, other)
     return found
+
+
+def _stack(parameter: str, source: Source, shape: Sequence[int], name: str, is_mxfp4: bool) -> dict[str, Piece]:
+    """`pieces` of a parameter whose tensor holds all experts."""
+
+    def stored(axes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        return tuple(math.prod(shape[axis] for axis in merged) for merged in axes)
+
+    if source.mxfp4 is None or not is_mxfp4:
+        assert source.axes is not None
+        return {name: Piece(parameter, (), stored(source.axes), axes=source.axes)}
+    *rows, numbers = stored(source.mxfp4)
+    if numbers % GROUP:
+        raise ValueError(f"{parameter} has rows of {numbers}; {GROUP} should divide that, as config.json says mxfp4")
+    groups = (*rows, numbers // GROUP)
+    return {
+        f"{name}_blocks": Piece(parameter, (), (*groups, BLOCK_BYTES), "blocks", axes=source.mxfp4),
+        f"{name}_scales": Piece(parameter, (), groups, "block_scales", axes=source.mxfp4),
+    }
+
+
+def has_mxfp4(family: str) -> bool:
+    """Whether a family's checkpoints may hold MXFP4."""
+    return any(source.mxfp4 is not None for source in FAMILIES[family].values())
 
 
 def split_name(parameter: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """What a conversion will write, from what: worked out from config.json and the files' headers alone, before a byte is written."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,17 +22,29 @@ from jax_epmoe.checkpoint import FORMAT_VERSION, parameter_shapes
 from jax_epmoe.config import ModelConfig
 from jax_epmoe.models.families import family_of, read_config
 from jax_epmoe.quant import FORMATS, NOT_QUANTIZED, Quantization
-from weights_convert.names import EMBEDDING, IGNORED, TIED_HEAD, first_tensor, mtp_tensors, pieces, split_name
+from weights_convert.expert_stacks import Expert
+from weights_convert.names import (
+    EMBEDDING,
+    IGNORED,
+    TIED_HEAD,
+    Piece,
+    first_tensor,
+    has_mxfp4,
+    mtp_tensors,
+    pieces,
+    split_name,
+)
 from weights_convert.quantization import (
     FROM_WEIGHTS,
     Stored,
     check_scales,
     check_values,
+    is_mxfp4,
     read_quantization,
     scales_from,
     values_from,
 )
-from weights_convert.safetensors_file import FLOATS, FP8, Tensor, read_checkpoint, read_json
+from weights_convert.safetensors_file import BYTES, FLOATS, FP8, Tensor, read_checkpoint, read_json
 
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -75,7 +88,7 @@ class Plan:
     header: dict[str, Any]
     quantization: Quantization
     arrays: dict[str, Array]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | Expert]  # parts of a tensor by its name and `[expert]`
     copied: tuple[Path, ...]
     skipped: tuple[str, ...]  # tensors of layers for multi-token prediction
 
@@ -112,7 +125,11 @@ def make_plan(folder: Path, dtype: str | None = None, quantize: str | None = Non
     kept = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     quantization = _quantization(kept, family_of(hf), config, stored)
     as_numpy = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    arrays = _match(kept, family_of(hf), config, as_numpy, quantization, stored)
+    if is_mxfp4(hf) and not has_mxfp4(family_of(hf)):
+        raise ValueError(
+            f"config.json: quantization_config: quant_method is 'mxfp4'; a {family_of(hf)} should have another"
+        )
+    arrays, experts = _match(kept, family_of(hf), config, as_numpy, quantization, stored, is_mxfp4(hf))
     if quantize is not None:
         quantization = Quantization(quantize)
         arrays = _quantized(arrays, config, quantization)
@@ -123,18 +140,18 @@ def make_plan(folder: Path, dtype: str | None = None, quantize: str | None = Non
         "source": {"fingerprint": _fingerprint(tensors, folder)},
     }
     copied = tuple(folder / name for name in COPIED if (folder / name).is_file())
-    return Plan(folder, config, header, quantization, arrays, tensors, copied, tuple(sorted(skipped)))
+    return Plan(folder, config, header, quantization, arrays, {**tensors, **experts}, copied, tuple(sorted(skipped)))
 
 
 class Reader:
     """Makes an array from its tensors, a run of elements at a time, and notes which tensors are not finite.
 
-    It holds the run and what it is made from, and where `array.takes_whole`, one tensor and what is taken of it.
+    It holds the run and what it is made from, and where `array.takes_whole`, one tensor and what is taken of it; of a stack, an expert.
     """
 
     _one_at_a_time = threading.Lock()  # quantising takes several times a tensor's memory
 
-    def __init__(self, array: Array, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, array: Array, tensors: Mapping[str, Tensor | Expert]) -> None:
         self.not_finite: set[str] = set()
         self._array, self._tensors = array, tensors
         self._part = array.size // len(array.parts)
@@ -172,11 +189,12 @@ class Reader:
         ]
 
     def _taken(self, name: str, start: int, stop: int) -> np.ndarray:
-        if not self._array.takes_whole:
-            return self._array.take(name, self._tensors[name].elements(start, stop))
+        tensor = self._tensors[name]
+        if isinstance(tensor, Tensor) and not self._array.takes_whole:
+            return self._array.take(name, tensor.elements(start, stop))
         if self._whole[0] != name:
-            with self._one_at_a_time:
-                self._whole = (name, self._array.take(name, self._tensors[name].read()).reshape(-1))
+            with self._one_at_a_time if self._array.takes_whole else contextlib.nullcontext():
+                self._whole = (name, self._array.take(name, tensor.read()).reshape(-1))
         return self._whole[1][start:stop]
 
     def _judge(self, name: str, values: np.ndarray, part: np.ndarray) -> None:
@@ -274,17 +292,18 @@ def _match(
     dtype: np.dtype,
     quantization: Quantization = NOT_QUANTIZED,
     stored: Stored | None = None,
-) -> dict[str, Array]:
-    """The arrays to write, by our names, once every tensor has been found to be what the model needs."""
+    mxfp4: bool = False,
+) -> tuple[dict[str, Array], dict[str, Expert]]:
+    """The arrays to write, by our names, once every tensor has been found to be what the model needs; and experts to make them of."""
     shapes = parameter_shapes(config, quantization)
     suffixes = None if stored is None else stored.suffixes
-    wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()}, suffixes)
+    wanted = pieces(family, {name: struct.shape for name, struct in shapes.items()}, suffixes, mxfp4)
     if config.tie_word_embeddings and TIED_HEAD in tensors:
         wanted[TIED_HEAD] = wanted[EMBEDDING]
     tensors = {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in IGNORED)}
 
     def dtypes(name: str) -> tuple[str, ...]:
-        return (FP8,) if wanted[name].kind == "values" else tuple(FLOATS)
+        return {"values": (FP8,), "blocks": (BYTES,), "block_scales": (BYTES,)}.get(wanted[name].kind, tuple(FLOATS))
 
     _refuse(
         [name for name in wanted if name not in tensors],
@@ -312,12 +331,28 @@ def _match(
         del wanted[TIED_HEAD]
 
     parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in shapes}
+    experts: dict[str, Expert] = {}
     for name, piece in wanted.items():
-        parts[piece.parameter].append((name, piece.index))
-    return {
+        if piece.axes is None:
+            parts[piece.parameter].append((name, piece.index))
+        elif piece.kind != "block_scales":
+            own = _experts(name, piece, shapes[piece.parameter].shape, tensors)
+            parts[piece.parameter] += [(part, (expert.number,)) for part, expert in own.items()]
+            experts |= own
+    arrays = {
         name: _array(name, struct, dtype, tuple(sorted(parts[name], key=lambda part: part[1])))
         for name, struct in shapes.items()
     }
+    return arrays, experts
+
+
+def _experts(name: str, piece: Piece, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[str, Expert]:
+    """A stack of experts, one by one, for a parameter of `shape`."""
+    assert piece.axes is not None
+    lie_as = [axis for merged in piece.axes for axis in merged][1:]  # the first is the experts'
+    sizes, order = tuple(shape[axis] for axis in lie_as), tuple(map(lie_as.index, range(1, len(shape))))
+    scales = tensors[name.removesuffix("blocks") + "scales"] if piece.kind == "blocks" else None
+    return {f"{name}[{e}]": Expert(tensors[name], scales, e, sizes, order) for e in range(shape[0])}
 
 
 def _array(name: str, struct: jax.ShapeDtypeStruct, dtype: np.dtype, parts: tuple) -> Array:

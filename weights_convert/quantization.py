@@ -27,7 +27,7 @@ class Stored:
 
 
 def read_quantization(hf: Mapping[str, Any]) -> Stored | None:
-    """The quantisation that a config.json tells, or None.
+    """The quantisation that a config.json tells, or None; None too for MXFP4, which is not kept but decoded.
 
     Raises:
       ValueError: one that is not among those below, with the key that says so.
@@ -35,8 +35,16 @@ def read_quantization(hf: Mapping[str, Any]) -> Stored | None:
     if hf.get("quantization_config") is None:
         return None
     values = _object(hf, "quantization_config", "config.json")
-    method = HFConfig(values, _WHERE).choice("quant_method", ("fp8", "compressed-tensors"))
+    method = HFConfig(values, _WHERE).choice("quant_method", ("fp8", "compressed-tensors", "mxfp4"))
+    if method == "mxfp4":
+        return None
     return _fp8(HFConfig(values, _WHERE)) if method == "fp8" else _compressed_tensors(values)
+
+
+def is_mxfp4(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that experts are in MXFP4."""
+    values = hf.get("quantization_config")
+    return isinstance(values, dict) and values.get("quant_method") == "mxfp4"
 
 
 def _fp8(config: HFConfig) -> Stored:

@@ -30,7 +30,8 @@ FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
 }
 FP8 = "F8_E4M3"
-_READABLE = FLOATS | {FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
+BYTES = "U8"
+_READABLE = FLOATS | {FP8: np.dtype(ml_dtypes.float8_e4m3fn), BYTES: np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from weights_convert.arrays import chunks, open_array, read
 from weights_convert.convert import PARAMS, Summary
 from weights_convert.names import Piece, pieces
 from weights_convert.plan import COPIED
-from weights_convert.quantization import read_quantization
+from weights_convert.quantization import is_mxfp4, read_quantization
 from weights_convert.safetensors_file import INDEX, SINGLE, header_of, read_json
 from weights_convert.verify import read_manifest
 from weights_convert.work import Work, advance, in_threads, progress_bar, write_whole
@@ -57,7 +57,8 @@ def to_hf(src: str | os.PathLike, dst: str | os.PathLike, *, progress: bool = Tr
     """Writes our checkpoint `src` to the folder `dst` as Hugging Face lays it out: what `convert` read, bit for bit.
 
     Tensors have the dtype that `src` stores; config.json's `dtype` is set to it where it says another. Blocks of float8 come back as they
-    were. What `convert` left out is not there: layers for multi-token prediction. Files have up to 5 GB. Memory, `dst` and what a run leaves that
+    were; what was in MXFP4 is written as `src` stores it, and config.json no longer says so. What `convert` left out is not there: layers
+    for multi-token prediction. Files have up to 5 GB. Memory, `dst` and what a run leaves that
     was killed are as for `convert`.
 
     Args:
@@ -112,6 +113,8 @@ def make_hf_plan(folder: Path) -> HFPlan:
     found = pieces(family_of(hf), shapes, None if stored is None else stored.suffixes)
     dtypes = {name: arrays[piece.parameter].dtype.numpy_dtype for name, piece in found.items()}
     keys = [key for key in ("dtype", "torch_dtype") if hf.get(key) is not None] or ["dtype"]
+    if is_mxfp4(hf):
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     if any(hf.get(key, "bfloat16") != header["dtype"] for key in keys):
         hf |= dict.fromkeys(keys, header["dtype"])
     shards = _shards(found, dtypes)
@@ -169,7 +172,10 @@ def _write_shard(folder: Path, plan: HFPlan, shard: Shard, bar: tqdm, stop: Call
             place: Any = (*piece.index, ...)
             if piece.parameter not in opened:
                 opened = {piece.parameter: open_array(plan.folder / PARAMS, piece.parameter, is_cached=True)}
-            for values in _runs(opened[piece.parameter][place]):
+            array = opened[piece.parameter][place]
+            if piece.axes is not None:
+                array = array.transpose([axis for merged in piece.axes for axis in merged])
+            for values in _runs(array):
                 stop()
                 stream.write(values)
                 advance(bar, len(values))

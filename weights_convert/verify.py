@@ -15,6 +15,7 @@ from jax_epmoe.checkpoint import quantization_of, read_header
 from weights_convert.arrays import chunks, open_array, read
 from weights_convert.convert import MANIFEST, PARAMS
 from weights_convert.plan import Plan, Reader, find, make_plan
+from weights_convert.quantization import read_quantization
 from weights_convert.safetensors_file import read_json
 from weights_convert.work import advance, in_threads, progress_bar
 
@@ -52,7 +53,7 @@ def verify(
     header = read_header(folder)
     source = find(os.fspath(src), revision)
     quantization = quantization_of(header)
-    is_quantised = read_json(source / "config.json").get("quantization_config") if quantization.name else None
+    is_quantised = quantization.name and read_quantization(read_json(source / "config.json")) is not None
     plan = make_plan(source, header["dtype"], None if is_quantised else quantization.name)
     if plan.quantization != quantization:
         raise ValueError(f"{folder / 'epmoe.json'}: quantization is {header['quantization']}; it should be {plan.kind}")
@@ -62,7 +63,7 @@ def verify(
         raise ValueError(f"{folder}: array {name} is {what}, as {source} has it")
     with progress_bar("verifying", plan.nbytes, 0, progress) as bar:
         in_threads(lambda name, stop: _compare(folder, plan, name, manifest["arrays"][name], bar, stop), plan.arrays)
-    tensors = {tensor for array in plan.arrays.values() for tensor, _ in array.parts}
+    tensors = {tensor.partition("[")[0] for array in plan.arrays.values() for tensor, _ in array.parts}
     return Verified(len(tensors), plan.nbytes, time.perf_counter() - start)
 
 

@@ -206,6 +206,62 @@ GLM4_MOE = {
     "vocab_size": 265,
 }
 
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": 262,
+    "experts_per_token": 4,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initial_context_length": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 13,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "max_position_embeddings": 32768,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    # The hub's has 4096 positions and a theta of 150000: no test is long enough for them to show.
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 1024,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 1000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 5,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.55.0",
+    "use_cache": True,
+    "vocab_size": 267,
+}
+
+GPT_OSS_MXFP4 = {key: value for key, value in GPT_OSS.items() if key != "torch_dtype"} | {
+    "intermediate_size": 32,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+}
+
 QWEN2_MOE = {
     "architectures": ["Qwen2MoeForCausalLM"],
     "attention_dropout": 0.0,

@@ -53,6 +53,8 @@ CHECKPOINTS = {
     "deepseek_v2": (hub_configs.DEEPSEEK_V2, 1, 1, 7),
     "deepseek_v3": (hub_configs.DEEPSEEK_V3, 38, 1, 9),
     "glm4_moe": (hub_configs.GLM4_MOE, 78, 1, 4),
+    "gpt_oss": (hub_configs.GPT_OSS, 2, 1, 5),
+    "gpt_oss_mxfp4": (hub_configs.GPT_OSS_MXFP4, 1, 2, 5),
     "qwen2_moe": (hub_configs.QWEN2_MOE, 41, 1, 6),
     "qwen3_moe": (hub_configs.QWEN3_MOE, 71, 1, 8),
 }
@@ -88,7 +90,8 @@ def _mtp_extras(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _with_suffix(name: str) -> str:
-    return name if name.endswith("bias") else f"{name}.weight"
+    is_parameter = name.endswith(("bias", "sinks")) or name.startswith(("mlp.experts.gate_up", "mlp.experts.down"))
+    return name if is_parameter else f"{name}.weight"
 
 
 def _gqa(config: dict) -> dict[str, tuple[int, ...]]:
@@ -168,6 +171,21 @@ def _qkv_bias(config: dict) -> dict[str, tuple[int, ...]]:
     return {f"self_attn.{n}_proj.bias": attention[f"self_attn.{n}_proj"][:1] for n in "qkv"}
 
 
+def _gpt_oss_layer(config: dict, i: int) -> dict[str, tuple[int, ...]]:
+    hidden, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    shapes = _gqa(config) | _qkv_bias(config)
+    shapes |= {"self_attn.o_proj.bias": (hidden,), "self_attn.sinks": (config["num_attention_heads"],)}
+    shapes |= {"mlp.router": (experts, hidden), "mlp.router.bias": (experts,)}
+    for name, n, k in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        if "quantization_config" in config:
+            shapes[f"mlp.experts.{name}_blocks"] = (experts, n, k // 32, 16)
+            shapes[f"mlp.experts.{name}_scales"] = (experts, n, k // 32)
+        else:
+            shapes[f"mlp.experts.{name}"] = (experts, k, n)
+        shapes[f"mlp.experts.{name}_bias"] = (experts, n)
+    return shapes
+
+
 def _head_norms(config: dict) -> dict[str, tuple[int, ...]]:
     return {f"self_attn.{n}_norm": (config["head_dim"],) for n in "qk"}
 
@@ -192,24 +210,36 @@ LAYERS = {
     "deepseek_v2": _deepseek_layer,
     "deepseek_v3": _deepseek_layer,
     "glm4_moe": _glm_layer,
+    "gpt_oss": _gpt_oss_layer,
     "qwen2_moe": _qwen_layer,
     "qwen3_moe": _qwen_layer,
 }
+
+
+GAINS = {"lm_head.weight": 3, "gate.weight": 2, "router.weight": 2, "gate_up_proj": 4}
 
 
 def draw_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     """Seeded bf16 weights: norms around 1, matrices so large that attention, router and logits are far from uniform."""
     rng, weights = np.random.default_rng(seed), {}
     for name, shape in tensor_shapes(config).items():
+        if name.endswith(("_blocks", "_scales")):
+            # Numbers are 2.9 on average; gates and ups become so large that some are clamped.
+            power = 125 if "gate_up" in name else 123
+            low, high = (0, 256) if name.endswith("_blocks") else (power - 1, power + 2)
+            weights[name] = torch.from_numpy(rng.integers(low, high, shape, np.uint8))
+            continue
         x = rng.standard_normal(shape)
         if "norm" in name:
             x = 1 + 0.25 * x
+        elif name.endswith("sinks"):
+            x *= 2
         elif name.endswith("bias"):
             x *= 0.2 if name.endswith("correction_bias") else 0.5
         elif name == "model.embed_tokens.weight":
             x *= 3 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1
         else:
-            gain = 3 if name == "lm_head.weight" else 2 if "gate.weight" in name else 1.5
+            gain = next((gain for part, gain in GAINS.items() if part in name), 1.5)
             x *= gain * shape[1] ** -0.5
         # The hub has the correction bias in float32, whatever the weights are in.
         dtype = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
@@ -314,7 +344,7 @@ class RoutingMargin:
     def __init__(self, model, config: dict):
         self.smallest, self.config = float("inf"), config
         for name, module in model.named_modules():
-            if name.endswith("mlp.gate"):
+            if name.endswith(("mlp.gate", "mlp.router")):
                 module.register_forward_hook(lambda router, _, out: self._see(router, out[0]))
 
     def _see(self, router: torch.nn.Module, choice: torch.Tensor) -> None:

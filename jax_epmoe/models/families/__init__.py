@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_epmoe.config import ModelConfig
-from jax_epmoe.models.families import deepseek_v2, deepseek_v3, glm4_moe, mixtral, olmoe, qwen2_moe, qwen3_moe
+from jax_epmoe.models.families import deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from jax_epmoe.models.families.hf import HFConfig
 
 FAMILIES: dict[str, Callable[[HFConfig], ModelConfig]] = {
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelConfig]] = {
     "deepseek_v2": deepseek_v2.config,
     "deepseek_v3": deepseek_v3.config,
     "glm4_moe": glm4_moe.config,
+    "gpt_oss": gpt_oss.config,
     "qwen2_moe": qwen2_moe.config,
     "qwen3_moe": qwen3_moe.config,
 }

@@ -71,6 +71,16 @@ class HFConfig:
             lambda v: isinstance(v, list) and all(kind == "full_attention" for kind in v),
         )  # fmt: skip
 
+    def sliding_layers(self) -> tuple[bool, ...]:
+        """Which layers have a sliding window, by `layer_types`; without that, every other one, the first among them."""
+        num_layers, kinds = self.size("num_hidden_layers"), ("sliding_attention", "full_attention")
+        layers = self._typed(
+            "layer_types", [kinds[i % 2] for i in range(num_layers)],
+            f"a list of {num_layers}, as there are layers, each one of {', '.join(kinds)}",
+            lambda v: isinstance(v, list) and len(v) == num_layers and all(kind in kinds for kind in v),
+        )  # fmt: skip
+        return tuple(kind == kinds[0] for kind in layers)
+
     def common(self) -> dict[str, Any]:
         """The fields of `ModelConfig` whose keys and meanings are every family's."""
         return {
@@ -103,12 +113,17 @@ class HFConfig:
             "partial_rotary_factor", default, "more than 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1
         )
 
-    def rope(self, *, interleaved: bool = False) -> RopeConfig:
-        """Both `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both."""
-        values = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}
+    def rope(
+        self, *, interleaved: bool = False, default: dict[str, Any] | None = None, theta: float = 10000.0
+    ) -> RopeConfig:
+        """Both `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both.
+
+        `default` and `theta` are what a family has where a file says nothing.
+        """
+        values = self._values.get("rope_parameters") or self._values.get("rope_scaling") or default or {}
         if not isinstance(values, dict):
             raise ValueError(f"{self._where}: rope_scaling is {values!r}; it should be a JSON object or null")
-        theta = values.get("rope_theta", self._values.get("rope_theta", 10000.0))
+        theta = values.get("rope_theta", self._values.get("rope_theta", theta))
         kind = values.get("rope_type", values.get("type", "default"))
         scaling = HFConfig({**values, "rope_theta": theta, "rope_type": kind}, f"{self._where}: rope")
         theta = scaling.number("rope_theta")
