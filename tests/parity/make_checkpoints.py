@@ -54,7 +54,7 @@ CHECKPOINTS = {
     "deepseek_v3": (hub_configs.DEEPSEEK_V3, 38, 1, 9),
     "glm4_moe": (hub_configs.GLM4_MOE, 78, 1, 4),
     "gpt_oss": (hub_configs.GPT_OSS, 2, 1, 5),
-    "gpt_oss_mxfp4": (hub_configs.GPT_OSS_MXFP4, 1, 2, 5),
+    "gpt_oss_mxfp4": (hub_configs.GPT_OSS_MXFP4, 42, 2, 5),
     "qwen2_moe": (hub_configs.QWEN2_MOE, 41, 1, 6),
     "qwen3_moe": (hub_configs.QWEN3_MOE, 71, 1, 8),
 }
@@ -332,7 +332,7 @@ def load_model(path: Path, **overrides):
     assert not problems, f"transformers did not take {path.name} as it is: {problems}"
     if model.config.model_type == "deepseek_v2":
         follow_published(model)
-    return model.eval()
+    return model.eval().float()  # what was in MXFP4 transformers has made bf16 of, whatever it was asked
 
 
 class RoutingMargin:
