@@ -194,7 +194,9 @@ def pieces(
         source, layer = _source(family, base)
         if source.axes is not None:
             if kind != "weight":
-                raise ValueError(f"tensor {first_tensor(family, base)} is float8; a {family} should have it in mxfp4 or wider")
+                raise ValueError(
+                    f"tensor {first_tensor(family, base)} is float8; a {family} should have it in mxfp4 or wider"
+                )
             found |= _stack(parameter, source, shape, source.names[0].format(i=layer), is_mxfp4)
             continue
         has_experts, is_pair = "{e}" in source.names[0], len(source.names) == 2

@@ -22,7 +22,9 @@ NUM_EXPERTS = {
     "qwen3_moe": 16,
 }
 CASES = [(name, mesh, False) for name, experts in NUM_EXPERTS.items() for mesh in MESHES if experts % mesh[1] == 0]
-CASES += [(name, (4, 2, 1), True) for name in ("olmoe", "deepseek_v3", "gpt_oss", "qwen2_moe")]  # with data-parallel attention
+CASES += [
+    (name, (4, 2, 1), True) for name in ("olmoe", "deepseek_v3", "gpt_oss", "qwen2_moe")
+]  # with data-parallel attention
 CASES += [("gpt_oss_mxfp4", (2, 2, 1), False)]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 

@@ -71,6 +71,14 @@ GLM4_MOE = COMMON | {
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
 }
+GPT_OSS = COMMON | {
+    "model_type": "gpt_oss",
+    "head_dim": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 7,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
 QWEN2_MOE = COMMON | {
     "model_type": "qwen2_moe",
     "num_key_value_heads": 2,
@@ -98,6 +106,7 @@ CONFIGS = {
     "deepseek_v2_lite": DEEPSEEK_V2 | {"q_lora_rank": None},
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "gpt_oss": GPT_OSS,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
 }
@@ -156,7 +165,7 @@ def tensors_and_expected(
             if family == "olmoe":
                 ours[f"{to}.attention.q_norm.scale"] = new(f"{attention}.q_norm.weight", heads * head_dim)
                 ours[f"{to}.attention.k_norm.scale"] = new(f"{attention}.k_norm.weight", kv_heads * head_dim)
-            if family in ("qwen2_moe", "glm4_moe"):
+            if family in ("qwen2_moe", "glm4_moe", "gpt_oss"):
                 for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
                     bias = new(f"{attention}.{name}_proj.bias", count * head_dim)
                     ours[f"{to}.attention.{name}_bias"] = bias.reshape(count, head_dim)
@@ -165,6 +174,19 @@ def tensors_and_expected(
                 ours[f"{to}.attention.k_norm.scale"] = new(f"{attention}.k_norm.weight", head_dim)
         output = new(f"{attention}.o_proj.weight", hidden, heads * head_dim)
         ours[f"{to}.attention.o"] = output.reshape(hidden, heads, head_dim)
+        if family == "gpt_oss":
+            ours[f"{to}.attention.o_bias"] = new(f"{attention}.o_proj.bias", hidden)
+            ours[f"{to}.attention.sinks"] = new(f"{attention}.sinks", heads)
+            experts, size, mlp_name = config["num_local_experts"], config["intermediate_size"], f"{layer}.mlp"
+            ours[f"{to}.moe.router.weight"] = new(f"{mlp_name}.router.weight", experts, hidden)
+            ours[f"{to}.moe.router.bias"] = new(f"{mlp_name}.router.bias", experts)
+            both = new(f"{mlp_name}.experts.gate_up_proj", experts, hidden, 2 * size)
+            ours[f"{to}.moe.w_gate_up"] = np.stack([both[:, :, half::2].swapaxes(1, 2) for half in (0, 1)], axis=1)
+            both = new(f"{mlp_name}.experts.gate_up_proj_bias", experts, 2 * size)
+            ours[f"{to}.moe.gate_up_bias"] = np.stack([both[:, 0::2], both[:, 1::2]], axis=1)
+            ours[f"{to}.moe.w_down"] = new(f"{mlp_name}.experts.down_proj", experts, size, hidden).swapaxes(1, 2)
+            ours[f"{to}.moe.down_bias"] = new(f"{mlp_name}.experts.down_proj_bias", experts, hidden)
+            continue
 
         is_sparse = i >= config.get("first_k_dense_replace", 0) and (i + 1) % config.get("decoder_sparse_step", 1) == 0
         if not is_sparse or i in config.get("mlp_only_layers", ()):

@@ -39,7 +39,11 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         assert actual[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("config", PARITY, ids=lambda config: config.parent.name)
+@pytest.mark.parametrize(
+    "config",
+    [config for config in PARITY if config.parent.name != "gpt_oss_mxfp4"],  # see test_mxfp4.py
+    ids=lambda config: config.parent.name,
+)
 def test_each_family_s_checkpoint_comes_back_bit_for_bit(tmp_path, config):
     src = config.parent
     hf, layers = there_and_back(src, tmp_path), json.loads(config.read_text())["num_hidden_layers"]
