@@ -1,5 +1,6 @@
 """`epmoe-plan`'s numbers beside the compiled programs' own, on 8 CPU devices in float32, and its command line."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from flax import nnx
 
 from jax_epmoe import make_mesh, sizing_cli
 from jax_epmoe.checkpoint import abstract_model, parameter_shapes
-from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jax_epmoe.generate.batching import make_requests, plan_batches
 from jax_epmoe.generate.engine import Engine
 from jax_epmoe.generate.sampling import SamplingParams
@@ -43,6 +44,12 @@ def random_model(kind: str, seed: int = 0) -> ModelConfig:
             hidden, draw(90, 160), 32, 4, scoring="sigmoid", correction_bias=True, n_group=4, topk_group=2,
             group_score="top2_sum", shared_intermediate_size=draw(90, 160),
         )  # fmt: skip
+    elif kind == "gpt_oss":
+        attention = GQAConfig(16, 8, 8 * draw(3, 6), sliding_window=32, qkv_bias=True, o_bias=True, sinks=True)
+        moe = MoEConfig(
+            hidden, draw(300, 600), 8, 2, activation=ClampedSwiGLU(), norm_topk_prob=True,
+            router_bias=True, expert_bias=True,
+        )  # fmt: skip
     elif kind == "qwen":
         attention = GQAConfig(16, 2, 8 * draw(4, 9), qk_norm="head")
         moe = MoEConfig(hidden, draw(60, 120), 64, 8, norm_topk_prob=True)
@@ -52,6 +59,7 @@ def random_model(kind: str, seed: int = 0) -> ModelConfig:
     return ModelConfig(
         vocab_size=draw(2000, 6000), hidden_size=hidden, attention=attention, rope=RopeConfig(), moe=moe,
         moe_layers=(False, True, True) if kind == "deepseek" else (True, True), dense_intermediate_size=draw(400, 900),
+        sliding_layers=(True, False) if kind == "gpt_oss" else (),
     )  # fmt: skip
 
 
@@ -101,6 +109,7 @@ CASES = [
     ("olmoe", Layout(4, 2, 2)),
     ("deepseek", Layout(8, 8)),
     ("deepseek", Layout(8, 4, dp_attention=True)),
+    ("gpt_oss", Layout(4, 2, 2)),
     ("qwen", Layout(8, 8)),
     ("qwen", Layout(4, 1, 2)),
     ("qwen", Layout(8, 8, dp_attention=True)),
@@ -193,6 +202,28 @@ def test_weights_and_cache_are_those_of_the_whole_model(layout, dtype, kv_cache_
     )
 
 
+def test_biases_and_sinks_count_where_they_lie():
+    config, layout = random_model("gpt_oss"), Layout(4, 2, 2)
+    planned = plan(config, layout, SIZES)
+    plain = plan(
+        config.replace(
+            attention=dataclasses.replace(config.attention, qkv_bias=False, o_bias=False, sinks=False),
+            moe=dataclasses.replace(config.moe, router_bias=False, expert_bias=False),
+        ),
+        layout,
+        SIZES,
+    )
+    hidden, head_dim = config.hidden_size, config.attention.head_dim
+    of_a_device = -(-config.moe.intermediate_size // 2)
+    assert {part: planned.weights[part] - plain.weights[part] for part in planned.weights} == {
+        "attention": 2 * 2 * ((4 + 2 + 2) * head_dim + 4 + hidden),  # 16 query heads and 8 KV heads over 4 devices
+        "experts": 2 * 2 * 4 * (2 * of_a_device + hidden),  # 4 experts, each on 2 devices
+        "shared_and_dense": 2 * 4 * config.moe.num_experts,  # the router's, in float32
+        "embedding_and_head": 0,
+    }
+    assert planned.decode.flops == plain.decode.flops
+
+
 def test_a_cache_made_is_the_cache_foreseen():
     model = abstract_decoder(random_model("qwen"), Layout(4, 2, 2))
     layer = model.layers[0].attention
@@ -241,7 +272,14 @@ def test_every_layout_that_the_heads_and_experts_allow_is_tried_once():
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("deepseek-v3", 671.0), ("deepseek-v2-lite", 15.7), ("qwen3-30b-a3b", 30.5), ("mixtral-8x7b", 46.7)],
+    [
+        ("deepseek-v3", 671.0),
+        ("deepseek-v2-lite", 15.7),
+        ("qwen3-30b-a3b", 30.5),
+        ("mixtral-8x7b", 46.7),
+        ("gpt-oss-20b", 20.9),
+        ("gpt-oss-120b", 116.8),
+    ],
 )
 def test_the_configs_in_bench_have_as_many_parameters_as_is_published(name, billions):
     shapes = parameter_shapes(read_config(CONFIGS / name))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jax_epmoe import MoEConfig, make_mesh
-from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from jax_epmoe.models.decoder import Decoder
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -36,6 +36,16 @@ QWEN2_LIKE = MIXTRAL_LIKE.replace(
     attention=GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6, qkv_bias=True),
     moe=MoEConfig(24, 11, num_experts=8, top_k=3, shared_intermediate_size=13, shared_expert_gate=True),
 )
+GPT_OSS_LIKE = MIXTRAL_LIKE.replace(
+    attention=GQAConfig(
+        num_heads=8, num_kv_heads=2, head_dim=6, sliding_window=5, qkv_bias=True, o_bias=True, sinks=True
+    ),
+    moe=MoEConfig(
+        24, 11, num_experts=8, top_k=2, activation=ClampedSwiGLU(limit=1.0), norm_topk_prob=True,
+        router_bias=True, expert_bias=True,
+    ),
+    sliding_layers=(True, False),
+)  # fmt: skip
 KINDS = {"mixtral_like": MIXTRAL_LIKE, "olmoe_like": OLMOE_LIKE, "deepseek_like": DEEPSEEK_LIKE}
 
 

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import DEEPSEEK_LIKE, FAST_COMPILE, KINDS, MIXTRAL_LIKE, OLMOE_LIKE, QWEN2_LIKE, decoder, tokens
+from small_models import (
+    DEEPSEEK_LIKE,
+    FAST_COMPILE,
+    GPT_OSS_LIKE,
+    KINDS,
+    MIXTRAL_LIKE,
+    OLMOE_LIKE,
+    QWEN2_LIKE,
+    decoder,
+    tokens,
+)
 
 from jax_epmoe.models.blocks import rope_table
 
@@ -34,9 +44,10 @@ def collectives(call, *args) -> Counter:
         (DEEPSEEK_LIKE, 1, 2),
         (DEEPSEEK_LIKE, 0, 2),
         (QWEN2_LIKE, 0, 2),
+        pytest.param(GPT_OSS_LIKE, 0, 2, marks=pytest.mark.slow),
         (OLMOE_LIKE, 0, 3),  # the mean square of its QK norm runs over all heads
     ],
-    ids=["mixtral_like", "deepseek_like", "deepseek_like_dense", "qwen2_like", "olmoe_like"],
+    ids=["mixtral_like", "deepseek_like", "deepseek_like_dense", "qwen2_like", "gpt_oss_like", "olmoe_like"],
 )
 def test_a_layer_has_two_all_reduces_and_no_other_collective(config, layer, count, cached, sizes):
     model = decoder(config, *sizes)
