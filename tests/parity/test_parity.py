@@ -26,6 +26,8 @@ CASES += [
     (name, (4, 2, 1), True) for name in ("olmoe", "deepseek_v3", "gpt_oss", "qwen2_moe")
 ]  # with data-parallel attention
 CASES += [("gpt_oss_mxfp4", (2, 2, 1), False)]
+# gpt-oss in bf16 on a mesh of each kind: the rest in `make test-slow`.
+SLOW = [("gpt_oss", mesh, False) for mesh in MESHES if mesh != (8, 4, 1)]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 TOLERANCE = 1e-4
@@ -73,7 +75,9 @@ class Case:
 
 
 @pytest.fixture(
-    scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}{'-dp_attention' * case[2]}"
+    scope="module",
+    params=[pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES],
+    ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}{'-dp_attention' * case[2]}",
 )
 def case(request, converted, expected):
     name, mesh, dp_attention = request.param
