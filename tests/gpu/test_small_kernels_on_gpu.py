@@ -96,6 +96,7 @@ def test_latent_attention_of_a_token(batch, heads, length, dtype):
     assert relative_error(got, expected[:, 0]) < 5e-3
 
 
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dims", "length", "keys"),
@@ -105,9 +106,10 @@ def test_latent_attention_of_a_token(batch, heads, length, dtype):
         (32, 4, (128, 128), 64, 640),
         (16, 16, (192, 128), 256, None),
         (12, 4, (64, 64), 333, None),
+        (64, 8, (64, 64), 1, 640),  # gpt-oss
     ],
 )
-def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys, window):
+def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys, window, has_sinks):
     cached, keys = keys is not None, keys or length
     q, k, v = (
         normal(0, 5, length, heads, dims[0]),
@@ -116,13 +118,14 @@ def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys
     )
     start = jnp.asarray([0, 1, 130, 400, keys - length] if cached else [0] * 5)
     positions = start[:, None] + jnp.arange(length)
+    sinks = jnp.linspace(-2, 8, heads) if has_sinks else None  # with so few keys, nothing to nearly all
 
     @jax.jit
     def both(q, k, v):
         key_positions = attention._key_positions(5, keys) if cached else positions
-        got = attention.causal_attention(q, k, v, positions, 0.1, cached=cached, sliding_window=window)
+        got = attention.causal_attention(q, k, v, positions, 0.1, cached=cached, sliding_window=window, sinks=sinks)
         f32 = (a.astype(jnp.float32) for a in (q, k, v))
-        return got, attention.attend(*f32, positions, key_positions, 0.1, window)
+        return got, attention.attend(*f32, positions, key_positions, 0.1, window, sinks)
 
     got, expected = both(q, k, v)
     assert "cudnn" in both.lower(q, k, v).as_text()

@@ -3,7 +3,7 @@
 Run it where PyTorch is; the parity tests need only its output, which is committed:
 
     python3.11 -m venv .torchenv
-    .torchenv/bin/pip install torch==2.13.0 transformers==5.17.0 tokenizers==0.23.3 safetensors==0.8.0 numpy==2.4.6
+    .torchenv/bin/pip install torch==2.13.0 transformers==5.17.0 tokenizers==0.23.3 safetensors==0.8.0 numpy==2.4.6 accelerate==1.15.0
     .torchenv/bin/python tests/parity/make_checkpoints.py [NAME ...]
 
 Weights are random, seeded, and drawn with NumPy, so that the same seed gives the same files. A seed is taken only when
