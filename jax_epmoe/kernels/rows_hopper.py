@@ -17,14 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels.device import num_sms
 
-_SLABS = (1024, 512, 256)  # columns of a turn: the widest that divides a row
+_SLABS = (1024, 512, 256)  # columns of a turn: the widest of those that make the least of a row twice
+_ALIGNMENT = 8  # columns that a thread loads at once, at most
 _GATHERED = 4  # rows of a gathering turn
 _CTAS = 8  # a streaming multiprocessor
 
 
 def serves(rows: jax.Array) -> bool:
-    """Whether the kernels can read rows of such an array `[R, H]`: 16-bit, H a multiple of 256, not empty."""
-    return rows.dtype in (jnp.bfloat16, jnp.float16) and rows.shape[1] % _SLABS[-1] == 0 and rows.size > 0
+    """Whether the kernels can read rows of such an array `[R, H]`: 16-bit, H a multiple of 8 and at least 256, not empty."""
+    is_wide = rows.shape[1] >= _SLABS[-1] and rows.shape[1] % _ALIGNMENT == 0
+    return rows.dtype in (jnp.bfloat16, jnp.float16) and is_wide and rows.size > 0
 
 
 # All under jit of their own, so that a model's layers share one trace and one compilation.
@@ -54,7 +56,7 @@ def gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Array
                 out_gmem[row, columns] = value
             return following
 
-        _turns(lax.div(num_rows_gmem[0] + (_GATHERED - 1), _GATHERED), x.shape[1] // slab, slab, indices_of, turn)
+        _turns(lax.div(num_rows_gmem[0] + (_GATHERED - 1), _GATHERED), x.shape[1], slab, indices_of, turn)
 
     return _call(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), (x, row_index, num_rows.reshape(1)))
 
@@ -85,7 +87,7 @@ def dispatch(x: jax.Array, pair_row: jax.Array, rows: int) -> jax.Array:
 
             return following
 
-        _turns(jnp.int32(tokens), x.shape[1] // slab, slab, rows_of, turn)
+        _turns(jnp.int32(tokens), x.shape[1], slab, rows_of, turn)
 
     return _call(kernel, jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), (x, pair_row))
 
@@ -126,7 +128,7 @@ def combine(
             out_gmem[token, columns] = total.astype(out_dtype)
             return following
 
-        _turns(jnp.int32(tokens), width // slab, slab, pairs_of, turn)
+        _turns(jnp.int32(tokens), width, slab, pairs_of, turn)
 
     operands = (y, pair_row, weights) + (() if base is None else (base,))
     return _call(kernel, jax.ShapeDtypeStruct((tokens, width), out_dtype), operands)
@@ -134,7 +136,7 @@ def combine(
 
 def _slab(width: int) -> tuple[int, Any]:
     """How many columns a turn makes, and how they lie over a CTA's threads."""
-    slab = next(slab for slab in _SLABS if width % slab == 0)
+    slab = min((slab for slab in _SLABS if slab <= width), key=lambda slab: pl.cdiv(width, slab) * slab)
     return slab, plgpu.Layout.WG_STRIDED((slab,), vec_size=slab // 128)
 
 
@@ -146,8 +148,12 @@ def _load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _turns(blocks: jax.Array, slabs: int, slab: int, read: Callable, turn: Callable) -> None:
-    """`turn(block, columns, read(block), read_next)` for this CTA's share of all blocks' slabs; it returns `read_next()`."""
+def _turns(blocks: jax.Array, width: int, slab: int, read: Callable, turn: Callable) -> None:
+    """`turn(block, columns, read(block), read_next)` for this CTA's share of all blocks' slabs; it returns `read_next()`.
+
+    A row's last slab ends with it, and where slabs do not divide its width makes some columns of the one before once more.
+    """
+    slabs = pl.cdiv(width, slab)
     count, stride, first = blocks * slabs, lax.axis_size("cta"), lax.axis_index("cta")
 
     def block_of(item):
@@ -156,8 +162,10 @@ def _turns(blocks: jax.Array, slabs: int, slab: int, read: Callable, turn: Calla
     def body(step, values):
         item = first + step * stride
         block = block_of(item)
-        columns = pl.ds((item - block * slabs) * slab, slab)
-        return turn(block, columns, values, lambda: read(block_of(item + stride)))
+        first_column = (item - block * slabs) * slab
+        if width % slab:
+            first_column = lax.min(first_column, jnp.int32(width - slab))
+        return turn(block, pl.ds(first_column, slab), values, lambda: read(block_of(item + stride)))
 
     @pl.when(first < count)
     def _walk():

@@ -7,6 +7,7 @@ import pytest
 from gpu.test_grouped_gemm_on_gpu import load_sizes
 from kernels.float8_cases import KINDS
 
+from jax_epmoe.config import ClampedSwiGLU
 from jax_epmoe.kernels import device
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference
 from jax_epmoe.quant import dequantize, quantize
@@ -39,6 +40,19 @@ def test_it_is_the_definition_in_every_format(kinds, rows, experts, k, n, gated,
         expected = reference.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.float32, **scales)[:valid]
         assert jnp.linalg.norm(out.astype(jnp.float32) - expected) < tolerance * jnp.linalg.norm(expected)
         assert bool(jnp.all(out == again)), "the same input gave other bits"
+
+
+@pytest.mark.parametrize("activation", [None, ClampedSwiGLU()], ids=["", "clamped_swiglu"])
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
+def test_biases_are_added_at_gpt_oss_s_sizes(kinds, activation):
+    x, w, sizes = make_case(kinds, 512, 8, 2880, 2880, activation is not None, "uneven")
+    bias = jax.random.normal(jax.random.key(3), w.shape[:-1], jnp.bfloat16)
+    options = {"x_scale": x.scales, "w_scale": w.scales, "activation": activation, "bias": bias}
+    out = hopper_fp8.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.bfloat16, **options)
+    expected = reference.quantized_matmul(x.values, w.values, sizes, out_dtype=jnp.float32, **options)
+    valid = int(sizes.sum())
+    error = jnp.linalg.norm(out[:valid].astype(jnp.float32) - expected[:valid])
+    assert error < 5e-3 * jnp.linalg.norm(expected[:valid])
 
 
 def test_a_long_sum_is_not_truncated():

@@ -12,6 +12,7 @@ import pytest
 from kernels.grouped_gemm_suite import EDGES, GroupedGemmSuite, Shape, edge_sizes, ragged_sizes
 
 from jax_epmoe import grouped_gemm
+from jax_epmoe.config import ClampedSwiGLU
 from jax_epmoe.kernels.grouped_gemm import hopper, hopper_outer, reference
 
 pytestmark = pytest.mark.skipif(not hopper.on_hopper(), reason="needs a Hopper GPU")
@@ -84,6 +85,24 @@ def test_chosen_tilings_are_right_at_real_sizes_under_skewed_loads(rows, experts
     assert bool(jnp.all(jnp.isfinite(out[:valid].astype(jnp.float32))))
     again = run(x, w, sizes)
     assert bool(jnp.all(out[:valid] == again[:valid])), "the same input gave other bits"
+
+
+@pytest.mark.parametrize("load", ["uneven", "one", "half"])
+@pytest.mark.parametrize("rows", [16, 512, 8192])
+@pytest.mark.parametrize(("n", "k"), [(2880, 2880), (1440, 2880), (2880, 720)], ids=str)
+@pytest.mark.parametrize("activation", [None, ClampedSwiGLU()], ids=["", "clamped_swiglu"])
+def test_biases_are_added_at_gpt_oss_s_sizes(activation, n, k, rows, load):
+    """Whole experts and parts of them; the last tile of columns reads past the biases' end."""
+    x, w, sizes = make_case(rows, 32, k, n, activation is not None, load)
+    x, bias = 3 * x, jax.random.normal(jax.random.key(2), w.shape[:-1], jnp.bfloat16)  # some are clamped
+    run = jax.jit(lambda *args: grouped_gemm(*args[:3], bias=args[3], activation=activation, backend="hopper"))
+    valid = int(sizes.sum())
+    jnp.full((rows, n), jnp.nan, jnp.bfloat16).block_until_ready().delete()  # memory that the output may get
+    out, again = (run(x, w, sizes, bias)[:valid] for _ in range(2))
+    f32 = (a.astype(jnp.float32) for a in (x, w))
+    expected = reference.matmul(*f32, sizes, bias=bias, activation=activation, out_dtype=jnp.float32)[:valid]
+    assert jnp.linalg.norm(out.astype(jnp.float32) - expected) < 5e-3 * jnp.linalg.norm(expected)
+    assert bool(jnp.all(out == again)), "the same input gave other bits"
 
 
 # Sizes at and around those of tiles, more often none or a single row.

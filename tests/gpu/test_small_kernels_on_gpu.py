@@ -28,7 +28,8 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
     ("tokens", "top_k", "experts", "first", "local"),
     [(4096, 6, 160, 40, 20), (2048, 8, 128, 0, 128), (50000, 2, 300, 0, 300), (64, 8, 64, 0, 64), (3, 1, 8, 4, 4)],
 )
-def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local):
+@pytest.mark.parametrize("width", [1536, 2880])
+def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local, width):
     scores = normal(0, tokens, experts, dtype=jnp.float32)
     ids = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
     plan = jax.jit(make_plan, static_argnums=(1, 2))(ids, first, local)
@@ -38,8 +39,8 @@ def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local)
     np.testing.assert_array_equal(plan.row_pair[: len(wanted)], wanted)
     assert int(plan.group_sizes.sum()) == len(wanted)
 
-    x, weights = normal(1, tokens, 1536), jax.random.uniform(jax.random.key(2), (tokens, top_k))
-    base = normal(3, tokens, 1536, dtype=jnp.float32)
+    x, weights = normal(1, tokens, width), jax.random.uniform(jax.random.key(2), (tokens, top_k))
+    base = normal(3, tokens, width, dtype=jnp.float32)
     row_token = plan.row_pair // top_k
     dealt = rows.dispatch(x, plan.pair_row, len(row_token))
     assert dealt is not None

@@ -118,7 +118,7 @@ def on_hopper(monkeypatch):
     reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float16", 512), ("bfloat16", 1536)])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float16", 520), ("bfloat16", 1536)])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_the_hopper_kernel_sums_as_the_definition(dtype, width, with_base, on_hopper):
     _, pair_row, weights = make_inputs(2)
@@ -136,26 +136,27 @@ def test_the_hopper_kernel_sums_as_the_definition(dtype, width, with_base, on_ho
 @pytest.mark.parametrize("num_rows", [0, 1, 18, 22])
 def test_the_hopper_kernel_gathers_the_rows_that_there_are(num_rows, on_hopper):
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.normal(size=(7, 768)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(7, 776)), jnp.bfloat16)
     row_index = jnp.asarray(rng.integers(0, 7, 22), jnp.int32)
     out = rows_hopper.gather(x, row_index, jnp.int32(num_rows))
-    assert out.shape == (22, 768)
+    assert out.shape == (22, 776)
     np.testing.assert_array_equal(out[:num_rows], x[row_index[:num_rows]])
 
 
 def test_the_hopper_kernel_deals_tokens_to_their_rows(on_hopper):
     _, pair_row, _ = make_inputs(5)
-    x = jnp.asarray(np.random.default_rng(5).normal(size=(T, 512)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(T, 1320)), jnp.bfloat16)
     out = rows.dispatch(x, pair_row, R)
-    assert out.shape == (R, 512)
+    assert out.shape == (R, 1320)
     for token, choice in np.argwhere(np.asarray(pair_row) < R):
         np.testing.assert_array_equal(out[int(pair_row[token, choice])], x[int(token)])
 
 
-def test_the_hopper_kernels_lower_for_cuda():
-    y = jax.ShapeDtypeStruct((4096, 5120), jnp.bfloat16)
+@pytest.mark.parametrize("width", [5120, 2880])
+def test_the_hopper_kernels_lower_for_cuda(width):
+    y = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16)
     pair_row, weights = (jax.ShapeDtypeStruct((512, 6), dtype) for dtype in (jnp.int32, jnp.float32))
-    base = jax.ShapeDtypeStruct((512, 5120), jnp.float32)
+    base = jax.ShapeDtypeStruct((512, width), jnp.float32)
     index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4096,), ()))
     for traced in (
         rows_hopper.combine.trace(y, pair_row, weights, base, out_dtype=jnp.bfloat16),
