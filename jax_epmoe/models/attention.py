@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -99,8 +98,10 @@ def _cudnn_with_log_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` by cuDNN, and the logarithm of each query's sum of exponentials, `[B, S, heads]` float32.
 
-    That function would return it too, but rounded to the queries' dtype, and so calls what it is made of. No gradient is asked of it.
+    That function would return it too, but rounded to the queries' dtype, so this calls what it is made of.
     """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, so that only this depends on where JAX has it
+
     mask_type = cudnn.MaskType.NO_MASK
     if is_causal:
         mask_type = cudnn.MaskType.CAUSAL

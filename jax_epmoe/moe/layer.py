@@ -42,7 +42,8 @@ class EPMoE(nnx.Module):
     before, one reduce-scatter after. No token is ever dropped.
 
     Parameters (`E` experts, `I` intermediate, `H` hidden): `router.weight [E, H]`, `w_gate_up [E, 2, I, H]` (gate first),
-    `w_down [E, H, I]`, with expert biases `gate_up_bias [E, 2, I]` and `down_bias [E, H]`, `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
+    `w_down [E, H, I]`; where the config asks, `router.bias [E]`, `router.correction_bias [E]`, `gate_up_bias [E, 2, I]`, `down_bias [E, H]`,
+    `shared.w_gate_up [2, Is, H]`, `shared.w_down [H, Is]`, `shared.output_gate [1, H]`. An I that the mesh does not divide is padded
     with zeros, which change neither outputs nor gradients. Quantised, each of these weights is a module with `values`, `scales` and, in
     a static format, `input_scales` (see `jax_epmoe.quant`).
     """

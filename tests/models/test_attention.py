@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.cudnn.fused_attention_stablehlo import MaskType
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from small_models import compiled, lively, numpy_attend, numpy_norm, numpy_rotate, relative_error
 
 from jax_epmoe import make_mesh
@@ -94,12 +94,12 @@ def on_a_gpu(monkeypatch):
         arrays, window = (a.astype(jnp.float32) for a in (q, k, v)), sliding_window_length
         out, log_sums = library(
             *arrays, bias, mask, query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths, implementation="xla",
-            is_causal=mask_type == MaskType.CAUSAL, local_window_size=window and (window - 1, 0), **kwargs,
+            is_causal=mask_type == cudnn.MaskType.CAUSAL, local_window_size=window and (window - 1, 0), **kwargs,
         )  # fmt: skip
         return out.astype(q.dtype), jnp.swapaxes(log_sums, 1, 2)
 
     library = jax.nn.dot_product_attention
-    monkeypatch.setattr(attention_module.cudnn, "dot_product_attention", with_log_sums)
+    monkeypatch.setattr(cudnn, "dot_product_attention", with_log_sums)
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     monkeypatch.setattr(attention_module, "compute_capability", lambda: 80)
     return calls
