@@ -15,22 +15,30 @@ from weights_convert.safetensors_file import Tensor
 
 GROUP = 32  # numbers that share a scale
 BLOCK_BYTES = GROUP // 2
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_PAIRS = np.stack([np.tile(_E2M1, 16), np.repeat(_E2M1, 16)], axis=1)  # [256, 2], by a byte's value
-_POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 _GROUPS_AT_ONCE = 2**15
 
 
+def _all_pairs() -> np.ndarray:
+    """`[2 ** 16]` uint32: two bfloat16 side by side, those of scale s and byte b at `256 * s + b`."""
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # e2m1
+    powers = np.append(2.0 ** (np.arange(255) - 127), np.nan)
+    byte = np.arange(256)
+    pairs = powers[:, None, None] * numbers[np.stack([byte & 15, byte >> 4], axis=-1)]
+    with np.errstate(over="ignore"):  # what is infinite is looked for, and named, in what is written
+        return pairs.astype(ml_dtypes.bfloat16).view(np.uint32).reshape(-1)
+
+
+_PAIRS = _all_pairs()
+
+
 def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`blocks [..., groups, 16]` and `scales [..., groups]`, both uint8 -> `[..., 32 * groups]` bfloat16: exact, but for what overflows."""
-    out = np.empty((scales.size, GROUP), ml_dtypes.bfloat16)
-    blocks, powers = blocks.reshape(-1, BLOCK_BYTES), scales.reshape(-1)
+    """Groups' blocks and scales, uint8 of any shape, 16 bytes to a scale -> `[groups, 32]` bfloat16: exact, but for what overflows."""
+    out = np.empty((scales.size, BLOCK_BYTES), np.uint32)
+    blocks, scales = blocks.reshape(out.shape), scales.reshape(-1, 1)
     for start in range(0, len(out), _GROUPS_AT_ONCE):
         here = slice(start, start + _GROUPS_AT_ONCE)
-        numbers = _PAIRS[blocks[here]].reshape(-1, GROUP)
-        with np.errstate(over="ignore"):  # infinite values are looked for, and named, in what is written
-            out[here] = numbers * _POWERS[powers[here], None]
-    return out.reshape(*scales.shape[:-1], -1)
+        out[here] = _PAIRS[scales[here].astype(np.uint16) << 8 | blocks[here]]
+    return out.view(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Expert:
         """The expert's part, in our order."""
         values = self._own(self.values)
         if self.scales is not None:
-            values = decode_mxfp4(values.reshape(-1, BLOCK_BYTES), self._own(self.scales))
+            values = decode_mxfp4(values, self._own(self.scales))
         return np.ascontiguousarray(values.reshape(self.sizes).transpose(self.order))
 
     def _own(self, tensor: Tensor) -> np.ndarray:

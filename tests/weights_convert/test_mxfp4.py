@@ -58,7 +58,8 @@ def test_every_byte_is_two_numbers_times_every_power_of_two():
     scales = np.repeat(np.arange(255, dtype=np.uint8), 16).reshape(255, 16)
     want = decoded(blocks, scales)
     got = decode_mxfp4(blocks, scales)
-    assert (got.dtype, got.shape) == (BF16, (255, 512))
+    assert (got.dtype, got.shape) == (BF16, (255 * 16, 32))
+    got = got.reshape(want.shape)
     fits = np.abs(want) < 2.0**128
     assert fits[:253].all()
     np.testing.assert_array_equal(got.astype(np.float64)[fits], want[fits])
@@ -70,8 +71,8 @@ def test_numbers_written_out():
     """1 is 0b0010, -6 is 0b1111, 0.5 is 0b0001; a scale of 128 doubles."""
     blocks = np.zeros((1, 16), np.uint8)
     blocks[0, :2] = 0xF2, 0x10
-    want = np.zeros(32)
-    want[:4] = 2, -12, 0, 1
+    want = np.zeros((1, 32))
+    want[0, :4] = 2, -12, 0, 1
     np.testing.assert_array_equal(decode_mxfp4(blocks, np.array([128], np.uint8)).astype(float), want)
 
 
@@ -118,7 +119,7 @@ def test_a_scale_that_is_no_number_is_named(tmp_path):
     assert summary.not_finite == (f"{name}_blocks[2]",)
 
 
-UP = "model.layers.0.mlp.experts.gate_up_proj"
+UP, DOWN = (f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
 BAD = {
     "no scales": (CONFIG, lambda t: t.pop(f"{UP}_scales"), f"tensor {UP}_scales is missing; it should be there, [3, 128, 1]"),
     "bf16 after all": (
@@ -137,6 +138,11 @@ BAD = {
     "sizes without whole groups": (
         CONFIG | {"hidden_size": 48}, lambda t: None,
         "layers.0.moe.w_gate_up has rows of 48; 32 should divide that, as config.json says mxfp4",
+    ),
+    "float8": (
+        CONFIG | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+        lambda t: t.update({n: np.zeros(t[f"{n}_scales"].shape, ml_dtypes.float8_e4m3fn) for n in (UP, DOWN)}),
+        f"tensor {DOWN} is float8; a gpt_oss should have it in mxfp4 or wider",
     ),
     "a family that has none": (
         MIXTRAL | {"quantization_config": QUANTIZATION}, lambda t: None,
