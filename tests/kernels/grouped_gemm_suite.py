@@ -56,7 +56,6 @@ class Inputs(NamedTuple):
 VARIANTS = (
     Variant(),
     Variant(bias=True, row_index=True),
-    Variant("silu"),
     Variant("silu", row_index=True),
     Variant("silu", bias=True, row_index=True),
     Variant("gelu", bias=True),

@@ -107,7 +107,7 @@ def test_chosen_tilings_lower_for_cuda_and_fit_shared_memory(rows, experts, k, n
     jax.jit(run).trace(*shapes, sizes).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("rows", [32, 4096, pytest.param(32768, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [32, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (4096, 32768))])
 @pytest.mark.parametrize("gated", [True, False])
 def test_gpt_oss_s_biases_and_its_gate_lower_for_cuda(rows, gated):
     """2880 is no multiple of a tile's columns: the last tile reads past the biases' end."""

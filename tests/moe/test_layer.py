@@ -201,13 +201,21 @@ def check_against_dense(config: MoEConfig, parameters: Arrays, x: np.ndarray, ma
 
 
 @each_mesh
-@pytest.mark.parametrize(
-    "config", [CONFIG, SIGMOID, BIASED], ids=["softmax_and_shared", "sigmoid_and_gated_shared", "biases"]
-)
+@pytest.mark.parametrize("config", [CONFIG, SIGMOID], ids=["softmax_and_shared", "sigmoid_and_gated_shared"])
 def test_outputs_and_gradients_equal_the_dense_definition(config, sizes):
     mask = np.ones(SHAPE[:-1], bool)
     _, load = check_against_dense(config, make_parameters(config), make_x(), mask, make_mesh(*sizes))
     assert int(load.sum()) == mask.size * K, load
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 4, 1), (8, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1, 1), (8, 8, 1), (4, 2, 2)))],
+    ids=str,
+)
+def test_each_bias_is_added_once_however_many_devices_share_an_expert(sizes):
+    mask = np.ones(SHAPE[:-1], bool)
+    check_against_dense(BIASED, make_parameters(BIASED), make_x(), mask, make_mesh(*sizes))
 
 
 @each_mesh
