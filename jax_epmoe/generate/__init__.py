@@ -2,5 +2,6 @@
 
 from jax_epmoe.generate.engine import Completion as Completion
 from jax_epmoe.generate.engine import Engine as Engine
-from jax_epmoe.generate.engine import Stats as Stats
+from jax_epmoe.generate.engine import Update as Update
 from jax_epmoe.generate.sampling import SamplingParams as SamplingParams
+from jax_epmoe.generate.stats import Stats as Stats

@@ -1,41 +1,33 @@
-"""`Engine`: prompts to token ids, in batches, on the mesh of a decoder.
+"""`Engine`: prompts to token ids by continuous batching, on the mesh of a decoder. See docs/generation.md.
 
-A batch is prefilled in chunks and then decoded one token a call, each a program compiled ahead of time for the batch's
-shapes (`batching.py`). Rows keep their state on the devices: the host dispatches steps without waiting, reads a step's
-tokens a few steps later, and stops when it sees that every row has finished. A row that has finished, and one that is
-padding, takes no expert rows.
+Sequences run in slots, each with its rows of one cache. Between two steps those that have ended leave and those that wait enter;
+a step is a prefill call, a decode call of several tokens, or both (`scheduler.py` says which, `programs.py` what they do). The
+host dispatches a step without waiting for the one before and reads its tokens while the next one runs.
 
-Several processes run the same program with the same prompts, and each gets every completion.
+Several processes run the same program with the same prompts, and each gets every completion: what is decided depends on the
+tokens that all of them have read, never on time.
 """
 
 import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jax_epmoe.generate.batching import Batch, Chunk, check_prompts, check_sizes, make_requests, plan_batches
-from jax_epmoe.generate.sampling import Method, SamplingParams, request_keys, sample
-from jax_epmoe.generate.stats import Stats, device_memory
-from jax_epmoe.mesh import DATA
-from jax_epmoe.models.kv_cache import check_kv_cache_dtype
+from jax_epmoe.config import require
+from jax_epmoe.generate.batching import Limits, Request, check_prompts, check_sizes, make_requests, plan_runs
+from jax_epmoe.generate.programs import COPIES, Call, Made, Programs, pack
+from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.generate.scheduler import Decode, FinishReason, Prefill, Running, Scheduler
+from jax_epmoe.generate.stats import Stats, device_memory, free_memory
+from jax_epmoe.generate.stopping import Detokenize, read_tokens
 
-# How many steps the host runs ahead of what it has read. Every process reads the same steps, so all stop at the same one;
-# after the last row's end this many steps run for nothing.
-_LOOKAHEAD = 4
-
-_RUNNING, _STOP, _LENGTH = range(3)
-_FINISH_REASONS: dict[int, Literal["stop", "length"]] = {_STOP: "stop", _LENGTH: "length"}
+# How many steps have been dispatched and not read when the host waits for one: while it reads a step's tokens, the next one runs.
+_LOOKAHEAD = 1
 
 # Called with how many output tokens came and how many requests finished since the last call.
 Progress = Callable[[int, int], None]
@@ -43,40 +35,30 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt got: `token_ids` with the token that stopped it, if one did, and why it ended.
+    """What one prompt got.
 
-    `finish_reason` is "stop" after a stop token and "length" after `max_new_tokens` or at the context's end.
+    Attributes:
+      token_ids: with the token that stopped it, if one did, or that completed a stop string.
+      finish_reason: "stop" after a stop token or string, "length" after `max_new_tokens` or at the context's end, "abort".
+      prompt_tokens: of the prompt.
+      logprobs: if they were asked for, for every token its own log-probability and those of the likeliest, by token id.
+      stop_reason: which of `stop_token_ids` or `stop` ended it; None for an end-of-sequence token.
     """
 
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: list[dict[int, float]] | None = None
+    stop_reason: int | str | None = None
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Wishes:
-    """What a batch's rows ask for: `[B]`, and `stop_ids [B, K]`."""
+class Update:
+    """News of the prompt at `index`: the token ids since the last update, and its completion if it has ended."""
 
-    prompt_length: jax.Array
-    limit: jax.Array
-    stop_ids: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    index: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Rows:
-    """Where a batch's rows are: the last token, the positions in the cache, the tokens made, the state; `[B]` int32."""
-
-    token: jax.Array
-    length: jax.Array
-    made: jax.Array
-    status: jax.Array
+    index: int
+    token_ids: list[int]
+    completion: Completion | None = None
 
 
 class Engine:
@@ -89,47 +71,65 @@ class Engine:
         self,
         model: Any,
         *,
-        max_batch_size: int = 32,
+        max_batch_size: int = 256,
         prefill_chunk: int = 512,
+        max_prefill_tokens: int = 8192,
         context_length: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
         kv_cache_dtype: str = "auto",
+        num_continuous_decode_steps: int = 4,
+        prefix_cache: bool = True,
+        mem_fraction_static: float = 0.85,
+        detokenize: Detokenize | None = None,
     ):
         """
         Args:
           model: a `Decoder`, or what has its `config`, `mesh`, `batch_multiple`, `init_cache`, `hidden` and `logits`.
-          max_batch_size: sequences that run together, rounded up to a multiple of the model's `batch_multiple`.
-          prefill_chunk: how many tokens of each prompt one prefill call takes.
+          max_batch_size: sequences that run together, rounded up to a multiple of the model's `batch_multiple`; fewer where
+            the memory does not hold their cache.
+          prefill_chunk: how many tokens of each prompt one prefill call takes at the most.
+          max_prefill_tokens: how many of all prompts, padding counted.
           context_length: the most positions of a prompt and its continuation; by default, and at most, the model's.
           eos_token_ids: which tokens end a text; the model's by default.
           kv_cache_dtype: as the model's `init_cache` takes it: "auto" is the model's dtype, "fp8" float8 with scales.
+          num_continuous_decode_steps: tokens that one decode call makes for each sequence, without the host.
+          prefix_cache: what prompts of one call share at their beginning is computed once and copied.
+          mem_fraction_static: the part of a device's memory that weights and cache may take.
+          detokenize: (the prompt's ids, new ids) -> the new ids' text; for stop strings.
 
         Raises:
           ValueError: a size out of its range, or a `kv_cache_dtype` that does not exist.
         """
-        self.context_length = check_sizes(
-            model.config, max_batch_size=max_batch_size, prefill_chunk=prefill_chunk, context_length=context_length
-        )
+        sizes = {
+            "max_batch_size": max_batch_size,
+            "prefill_chunk": prefill_chunk,
+            "max_prefill_tokens": max_prefill_tokens,
+            "num_continuous_decode_steps": num_continuous_decode_steps,
+        }
         self.config = model.config
+        self.context_length = check_sizes(model.config, context_length=context_length, **sizes)
+        fraction = mem_fraction_static
+        require(0 < fraction <= 1, "mem_fraction_static", fraction, "more than 0 and at most 1")
         self.mesh = model.mesh
-        self.max_batch_size = max_batch_size
-        self.prefill_chunk = prefill_chunk
         self.eos_token_ids = tuple(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.stats = Stats()
-        self._batch_multiple = model.batch_multiple
-        check_kv_cache_dtype(kv_cache_dtype)
-        self._init_cache = partial(model.init_cache, kv_cache_dtype=kv_cache_dtype)
-        # Flattened once: a call of a compiled program passes a plain list of arrays.
-        self._graphdef, state = nnx.split(model)
-        self._weights, self._state_tree = jax.tree.flatten(state)
-        self._replicated = NamedSharding(self.mesh, P())
-        self._by_row = NamedSharding(self.mesh, P(DATA))  # each replica keeps its own rows' state
-        self._programs: dict[tuple, Callable] = {}
-        self._cache_shapes: dict[tuple[int, int], Any] = {}
+        self.programs = Programs(model, kv_cache_dtype)
+        self.limits = Limits(
+            max_batch_size=max_batch_size,
+            replicas=model.batch_multiple,
+            prefill_chunk=prefill_chunk,
+            max_prefill_tokens=max_prefill_tokens,
+            context_length=self.context_length,
+            decode_steps=num_continuous_decode_steps,
+        )
+        self._prefix_cache = prefix_cache
+        self._memory_fraction = mem_fraction_static
+        self._detokenize = detokenize
+        self._aborted: set[int] = set()
 
     @property
     def num_programs(self) -> int:
-        return len(self._programs)
+        return len(self.programs.compiled)
 
     def generate(
         self,
@@ -137,6 +137,7 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | None = None,
+        indices: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Continues every prompt.
 
@@ -144,237 +145,259 @@ class Engine:
           prompts: token ids, of any lengths.
           sampling: for all prompts, or one each; greedy by default.
           progress: is told of tokens and finished requests as they come.
+          indices: for each prompt the number that its draws depend on beside the seed; by default its place among the prompts.
+            What is left of a longer list gets the same draws as in it when it is given its places there.
 
         Returns:
           Completions, in the order of the prompts.
 
         Raises:
-          ValueError: an empty prompt, one that leaves the context no room for a token, a token id outside the vocabulary.
+          ValueError: an empty prompt, one that leaves the context no room for a token, a token id outside the vocabulary, or
+            stop strings without `detokenize`.
         """
+        updates = self.stream(prompts, sampling, progress=progress, indices=indices)
+        completions = {update.index: update.completion for update in updates}
+        return [completion for _, completion in sorted(completions.items()) if completion is not None]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        deltas: bool = False,
+        progress: Progress | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Update]:
+        """As `generate`, but yields each completion when its prompt has finished; with `deltas`, new token ids as they are read.
+
+        Prompts are checked at once; work is done while the iterator is asked for more, and ends when it is closed.
+        """
+        requests = self._requests(prompts, sampling, indices)
+        self.stats = Stats(requests=len(requests), prompt_tokens=sum(len(r.prompt) for r in requests))
+        self._aborted = set()
+        return self._stream(requests, deltas, progress)
+
+    def abort(self, index: int) -> None:
+        """Ends the prompt at `index` of the stream that is being read; its completion, "abort", comes with the next updates.
+
+        One that has ended already stays as it is. With several processes, all must do so between the same two updates.
+        """
+        self._aborted.add(index)
+
+    def warm_up(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> None:
+        """Compiles every program that `generate` may need for these prompts, or for others of their lengths, and no other."""
+        self._compiled_runs(self._requests(prompts, sampling, None))
+
+    def _requests(self, prompts: Any, sampling: Any, indices: Any) -> list[Request]:
         check_prompts(prompts, vocab_size=self.config.vocab_size, context_length=self.context_length)
         requests = make_requests(
             prompts,
             SamplingParams() if sampling is None else sampling,
             context_length=self.context_length,
             eos_token_ids=self.eos_token_ids,
+            indices=indices,
         )
-        batches = plan_batches(
-            requests,
-            max_batch_size=self.max_batch_size,
-            replicas=self._batch_multiple,
-            prefill_chunk=self.prefill_chunk,
-            context_length=self.context_length,
-        )
-        self.stats = Stats(requests=len(requests), prompt_tokens=sum(len(r.prompt) for r in requests))
-        with self._timed("compile_seconds"):
-            for batch in batches:
-                self._compile(batch)
-        completions: dict[int, Completion] = {}
-        for batch in batches:
-            completions.update(self._run(batch, progress))
+        for request in requests:
+            stop = request.sampling.stop
+            require(not stop or self._detokenize is not None, "stop", stop, "empty where there is no tokenizer")
+        return requests
+
+    def _stream(self, requests: list[Request], deltas: bool, progress: Progress | None) -> Iterator[Update]:
+        runs = self._compiled_runs(requests)
+        for scheduler in runs:
+            run = _Run(self.programs, scheduler, self.stats, self._detokenize, self._aborted)
+            for updates in run.steps():
+                if progress is not None:
+                    done = sum(update.completion is not None for update in updates)
+                    progress(sum(len(update.token_ids) for update in updates), done)
+                before = time.perf_counter()
+                for update in updates:
+                    if deltas:
+                        yield update
+                    elif update.completion is not None:
+                        yield dataclasses.replace(update, token_ids=update.completion.token_ids)
+                run.paused += time.perf_counter() - before
+            del run  # its cache, before the next one is made
         if requests:
             self.stats.first_token_seconds /= len(requests)
-        return [completions[request.index] for request in requests]
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        setattr(self.stats, name, getattr(self.stats, name) + time.perf_counter() - start)
+    def _compiled_runs(self, requests: list[Request]) -> list[Scheduler]:
+        before = time.perf_counter()
+        runs = []
+        for now, shapes in plan_runs(requests, self.limits, self._most_slots):
+            scheduler = Scheduler(now, shapes, prefix_cache=self._prefix_cache)
+            self.programs.compile(shapes, _calls(scheduler))
+            runs.append(scheduler)
+        self.stats.compile_seconds += time.perf_counter() - before
+        return runs
 
-    def _run(self, batch: Batch, progress: Progress | None) -> dict[int, Completion]:
-        """One batch, from its prompts to its completions by request index."""
-        reader = _Reader(batch, progress)
-        before = self.stats.prefill_seconds
-        with self._timed("prefill_seconds"):
-            cache = self._init_cache(batch.size, batch.cache_length)
-            wishes, rows = jax.tree.map(self._put, _start(batch))
-            for chunk in batch.chunks:
-                program = self._program(batch, chunk)
-                tokens, start = self._put(batch.tokens(chunk)), self._put(np.array(chunk.start, np.int32))
-                cache, rows, out = program(self._weights, cache, rows, wishes, tokens, start)
-            reader.read(out)
-        self.stats.first_token_seconds += (self.stats.prefill_seconds - before) * len(batch.requests)
-        with self._timed("decode_seconds"):
-            cache = self._decode(batch, cache, rows, wishes, reader)
-        local = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
-        self.stats.memory_bytes = max(self.stats.memory_bytes, device_memory(local))
-        self.stats.output_tokens += sum(len(tokens) for tokens in reader.token_ids)
-        return reader.completions()
+    def _most_slots(self, cache_length: int) -> int:
+        """How many slots of so many positions the memory holds: at least one on each replica's devices."""
+        free = free_memory(self.mesh.devices.flat, self._memory_fraction)
+        if free is None:
+            return 2**31
+        return self.limits.replicas * max(1, free // self.programs.slot_bytes(cache_length))
 
-    def _decode(self, batch: Batch, cache: Any, rows: _Rows, wishes: _Wishes, reader: "_Reader") -> Any:
-        """Steps until every row has finished; returns the cache."""
-        program = self._program(batch, None)
-        unread: collections.deque[jax.Array] = collections.deque()
-        for _ in range(max(request.limit for request in batch.requests) - 1):
-            if reader.finished:
+
+def _calls(scheduler: Scheduler) -> Iterator[Call]:
+    """Every call that a run may make."""
+    shapes = scheduler.shapes
+    for kind in ("start", "continue") if scheduler.continues else ("start",):
+        for chunk, sizes in shapes.chunks:
+            yield from (Call(kind, rows, chunk) for rows in sizes)
+    if scheduler.decodes:
+        yield Call("decode", length=shapes.decode_steps)
+    if scheduler.shares_prefixes:
+        yield Call("copy", shapes.replicas * COPIES)
+
+
+class _Run:
+    """Requests on their way through one cache: dispatches steps and reads them."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        scheduler: Scheduler,
+        stats: Stats,
+        detokenize: Detokenize | None,
+        aborted: set[int],
+    ):
+        self.paused = 0.0  # seconds that whoever reads the stream took for itself
+        self._programs, self._scheduler, self._shapes = programs, scheduler, scheduler.shapes
+        self._stats, self._detokenize, self._aborted = stats, detokenize, aborted
+        self._began = self._last = time.perf_counter()
+        self._cache = programs.init_cache(self._shapes.slots, self._shapes.cache_length)
+        self._slots = programs.new_slots(self._shapes)
+        self._everyone = programs.put(np.ones(self._shapes.slots, bool))
+        self._some_were_stopped = False
+        stats.slots = max(stats.slots, self._shapes.slots)
+
+    def steps(self) -> Iterator[list[Update]]:
+        """Dispatches and reads until all have finished; yields what came with each step that was read."""
+        unread: collections.deque[list[tuple[Prefill | Decode, Made]]] = collections.deque()
+        while True:
+            if aborted := self._abort():
+                yield aborted
+            step = self._dispatch()
+            if step:
+                unread.append(step)
+            elif not unread:
                 break
-            cache, rows, out = program(self._weights, cache, rows, wishes)
-            out.copy_to_host_async()
-            unread.append(out)
-            if len(unread) > _LOOKAHEAD:
-                reader.read(unread.popleft())
-        for out in unread:
-            reader.read(out)
-        return cache
+            if len(unread) > _LOOKAHEAD or not step:
+                yield self._read(unread.popleft())
+        devices = [d for d in self._programs.mesh.devices.flat if d.process_index == jax.process_index()]
+        self._stats.memory_bytes = max(self._stats.memory_bytes, device_memory(devices))
+        require(self._scheduler.num_free == self._shapes.slots, "free slots", self._scheduler.num_free, "all of them")
 
-    def _sharding(self, value: np.ndarray) -> NamedSharding:
-        return self._by_row if value.ndim else self._replicated
+    def _dispatch(self) -> list[tuple[Prefill | Decode, Made]]:
+        prefill, decode = self._scheduler.next_calls()
+        step: list[tuple[Prefill | Decode, Made]] = []
+        if prefill is not None:
+            self._copy(prefill.copies)
+            call = Call("start" if prefill.is_start else "continue", len(prefill.rows), prefill.chunk)
+            args = [self._programs.put(part) for part in pack(prefill, self._shapes.num_stop_ids)]
+            step.append((prefill, self._call(call, *args)))
+            self._stats.prefill_calls += 1
+        if decode is not None:
+            alive = self._everyone
+            if self._some_were_stopped:  # by the host: the devices do not know
+                running = np.zeros(self._shapes.slots, bool)
+                running[[slot for slot, _ in decode.rows]] = True
+                alive, self._some_were_stopped = self._programs.put(running), False
+            step.append((decode, self._call(Call("decode", length=self._shapes.decode_steps), alive)))
+            self._stats.decode_steps += self._shapes.decode_steps
+        return step
 
-    def _put(self, value: np.ndarray) -> jax.Array:
-        """Rows to their replicas and scalars everywhere, from the same value in every process."""
-        return jax.make_array_from_callback(value.shape, self._sharding(value), lambda index: value[index])
+    def _call(self, call: Call, *args: jax.Array) -> Made:
+        program = self._programs(self._shapes, call)
+        self._cache, self._slots, made = program(self._programs.weights, self._cache, self._slots, *args)
+        for array in jax.tree.leaves(made):
+            array.copy_to_host_async()
+        return made
 
-    def _compile(self, batch: Batch) -> None:
-        for chunk in batch.chunks:
-            self._program(batch, chunk)
-        if max(request.limit for request in batch.requests) > 1:
-            self._program(batch, None)
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """From slots to slots of the same replica, up to `COPIES` a replica at a time."""
+        per, replicas = self._shapes.slots_per_replica, self._shapes.replicas
+        left = [[copy for copy in copies if copy[1] // per == replica] for replica in range(replicas)]
+        while any(left):
+            numbers = np.full((replicas, COPIES, 2), -1, np.int32)
+            for replica, mine in enumerate(left):
+                numbers[replica, : len(mine[:COPIES])] = np.array(mine[:COPIES], np.int32).reshape(-1, 2)
+                del mine[:COPIES]
+            source, target = (self._programs.put(numbers[..., i].reshape(-1)) for i in (0, 1))
+            self._cache = self._programs(self._shapes, Call("copy", replicas * COPIES))(self._cache, source, target)
 
-    def _program(self, batch: Batch, chunk: Chunk | None) -> Callable:
-        """The compiled prefill call for chunks of that length (the first ones have their own), or for None the decode step."""
-        of_chunk = None if chunk is None else (chunk.length, chunk.start == 0)
-        key = (batch.size, batch.cache_length, batch.num_stop_ids, batch.method, of_chunk)
-        if key not in self._programs:
-            self._programs[key] = self._lowered(batch, chunk).compile()
-        return self._programs[key]
+    def _read(self, step: list[tuple[Prefill | Decode, Made]]) -> list[Update]:
+        updates = []
+        for call, made in step:
+            before = time.perf_counter()
+            made = jax.tree.map(np.asarray, made)
+            now = time.perf_counter()
+            self._stats.add_call(type(call) is Prefill, now - self._last - self.paused, now - before)
+            self._last, self.paused = now, 0.0
+            if isinstance(call, Prefill):
+                ended = [(i, row.running) for i, row in enumerate(call.rows) if row is not None and row.ends]
+                for row in call.rows:
+                    if row is not None and row.start == row.running.reused:
+                        self._stats.cached_tokens += row.start
+                made = jax.tree.map(lambda a: a[None], made)
+                updates += self._updates(ended, made)
+            else:
+                tokens: Any = made.token
+                self._stats.slot_steps += int(np.count_nonzero(tokens >= 0))
+                updates += self._updates(call.rows, made)
+        return updates
 
-    def _lowered(self, batch: Batch, chunk: Chunk | None) -> jax.stages.Lowered:
-        cache = self._cache_shape(batch.size, batch.cache_length)
-        wishes, rows = jax.tree.map(self._shape, _start(batch))
-        args = [self._weights, cache, rows, wishes]
-        step: Callable = self._decode_step
-        if chunk is not None:
-            step = partial(self._prefill_step, is_start=chunk.start == 0)
-            args += [
-                self._shape(np.zeros((batch.size, chunk.length), np.int32)),
-                self._shape(np.array(0, np.int32)),
-            ]
-        jitted = jax.jit(
-            lambda *args: step(*args, method=batch.method),
-            donate_argnums=(1, 2),
-            out_shardings=(jax.tree.map(lambda a: a.sharding, cache), self._by_row, self._replicated),
-        )
-        return jitted.lower(*args)
+    def _updates(self, rows: Sequence[tuple[int, Running]], made: Made) -> list[Update]:
+        """What a call made for each sequence: `made`'s arrays are `[steps, B, ...]`."""
+        tokens: Any = made.token
+        columns = tokens.T.tolist()
+        updates = []
+        for i, running in rows:
+            if running.finish_reason is not None:
+                continue
+            if not running.token_ids:
+                self._stats.first_token_seconds += self._last - self._began
+            logprobs = None if made.logprob is None else _logprobs(made, i)
+            new = read_tokens(running, columns[i], logprobs, self._detokenize)
+            self._stats.output_tokens += new
+            if running.finish_reason is not None:
+                self._end(running)
+            if new or running.finish_reason is not None:
+                updates.append(Update(running.request.index, running.token_ids[-new:], _completion(running)))
+        return updates
 
-    def _shape(self, value: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self._sharding(value))
+    def _end(self, running: Running) -> None:
+        if self._scheduler.end(running):
+            self._some_were_stopped = True
 
-    def _cache_shape(self, batch_size: int, length: int) -> Any:
-        """The shapes, dtypes and shardings of a cache. One is made to see them: what is traced has no shardings."""
-        key = (batch_size, length)
-        if key not in self._cache_shapes:
-            self._cache_shapes[key] = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._init_cache(*key)
-            )
-        return self._cache_shapes[key]
-
-    def _prefill_step(
-        self,
-        weights: list[jax.Array],
-        cache: Any,
-        rows: _Rows,
-        wishes: _Wishes,
-        tokens: jax.Array,
-        start: jax.Array,
-        *,
-        is_start: bool,
-        method: Method,
-    ) -> tuple[Any, _Rows, jax.Array]:
-        """Tokens `[B, S]` at positions `start .. start + S`; rows whose prompt ends among them get their first token."""
-        size, length = tokens.shape
-        num_tokens = jnp.clip(wishes.prompt_length - start, 0, length)
-        ends = (num_tokens > 0) & (start + num_tokens == wishes.prompt_length)
-        starts = jnp.broadcast_to(start, (size,))
-        cache, rows = self._advance(
-            weights, cache, rows, wishes, tokens, starts, num_tokens, ends, method, is_start=is_start
-        )
-        return cache, rows, jnp.stack([rows.token, rows.status])
-
-    def _decode_step(
-        self, weights: list[jax.Array], cache: Any, rows: _Rows, wishes: _Wishes, *, method: Method
-    ) -> tuple[Any, _Rows, jax.Array]:
-        """Every running row's last token into the cache, and its next one out."""
-        running = rows.status == _RUNNING
-        tokens, num_tokens = rows.token[:, None], running.astype(jnp.int32)
-        cache, rows = self._advance(weights, cache, rows, wishes, tokens, rows.length, num_tokens, running, method)
-        return cache, rows, jnp.stack([jnp.where(running, rows.token, -1), rows.status])
-
-    def _advance(
-        self,
-        weights: list[jax.Array],
-        cache: Any,
-        rows: _Rows,
-        wishes: _Wishes,
-        tokens: jax.Array,
-        start: jax.Array,
-        num_tokens: jax.Array,
-        ends: jax.Array,
-        method: Method,
-        *,
-        is_start: bool = False,
-    ) -> tuple[Any, _Rows]:
-        """Feeds tokens to the model, and where `ends [B]` takes the token after each row's last one."""
-        model = nnx.merge(self._graphdef, jax.tree.unflatten(self._state_tree, weights))
-        hidden, cache = model.hidden(tokens, start, cache, num_tokens, is_start=is_start)  # [B, S, H]
-        last = jnp.maximum(num_tokens - 1, 0)
-        logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])  # [B, V]
-        with jax.named_scope("sample"):
-            keys = request_keys(wishes.seed, wishes.index)
-            token = sample(logits, wishes.temperature, wishes.top_k, wishes.top_p, keys, rows.made, method=method)
-        made = rows.made + 1
-        stops = jnp.any(token[:, None] == wishes.stop_ids, axis=1)
-        status = jnp.where(stops, _STOP, jnp.where(made >= wishes.limit, _LENGTH, _RUNNING))
-        after = _Rows(token=token, length=rows.length + num_tokens, made=made, status=status)
-        kept = dataclasses.replace(rows, length=after.length)
-        return cache, jax.tree.map(lambda new, old: jnp.where(ends, new, old), after, kept)
+    def _abort(self) -> list[Update]:
+        updates = []
+        for index in sorted(self._aborted):
+            running = self._scheduler.requests.get(index)
+            if running is None:
+                continue
+            self._aborted.remove(index)
+            if running.finish_reason is None:
+                running.finish_reason = "abort"
+                self._end(running)
+                updates.append(Update(index, [], _completion(running)))
+        return updates
 
 
-def _start(batch: Batch) -> tuple[_Wishes, _Rows]:
-    """A batch's first state, as NumPy arrays; padding rows have finished before they begin."""
-    requests = batch.requests
-    params = [request.sampling for request in requests]
-    column: Callable[..., Any] = batch.column
-    stop_ids: Any = batch.stop_ids()
-    zeros: Any = np.zeros(batch.size, np.int32)
-    wishes = _Wishes(
-        prompt_length=column([len(r.prompt) for r in requests], np.int32),
-        limit=column([r.limit for r in requests], np.int32),
-        stop_ids=stop_ids,
-        temperature=column([p.temperature for p in params], np.float32),
-        top_k=column([p.top_k for p in params], np.int32),
-        top_p=column([p.top_p for p in params], np.float32, padding=1),
-        seed=column([p.seed for p in params], np.uint32),
-        index=column([r.index for r in requests], np.uint32),
+def _logprobs(made: Made, i: int) -> list[tuple[float, list[int], list[float]]]:
+    columns: list[Any] = [made.logprob, made.top_ids, made.top_logprobs]
+    return list(zip(*(column[:, i].tolist() for column in columns), strict=True))
+
+
+def _completion(running: Running) -> Completion | None:
+    if running.finish_reason is None:
+        return None
+    logprobs = running.logprobs if running.request.sampling.logprobs is not None else None
+    return Completion(
+        running.token_ids, running.finish_reason, len(running.request.prompt), logprobs, running.stop_reason
     )
-    status = column([_RUNNING] * len(requests), np.int32, padding=_LENGTH)
-    return wishes, _Rows(token=zeros, length=zeros, made=zeros, status=status)
-
-
-class _Reader:
-    """Collects what the steps of a batch made, on the host."""
-
-    def __init__(self, batch: Batch, progress: Progress | None):
-        self.finished = False
-        self.token_ids: list[list[int]] = [[] for _ in batch.requests]
-        self._batch = batch
-        self._progress = progress
-        self._status = [_RUNNING] * len(batch.requests)
-
-    def read(self, out: jax.Array) -> None:
-        """A step's tokens (-1: none) and states, `[2, B]`; waits for them."""
-        tokens, status = np.asarray(out)[:, list(self._batch.rows)].tolist()
-        for ids, token in zip(self.token_ids, tokens, strict=True):
-            if token >= 0:
-                ids.append(token)
-        done = sum(s != _RUNNING for s in status) - sum(s != _RUNNING for s in self._status)
-        self._status = status
-        self.finished = _RUNNING not in status
-        if self._progress is not None:
-            self._progress(sum(token >= 0 for token in tokens), done)
-
-    def completions(self) -> dict[int, Completion]:
-        return {
-            request.index: Completion(ids, _FINISH_REASONS[status], len(request.prompt))
-            for request, ids, status in zip(self._batch.requests, self.token_ids, self._status, strict=True)
-        }

@@ -68,7 +68,7 @@ def test_eos_ends_a_text_unless_it_is_ignored_and_stop_tokens_still_do(hash_mode
     ignoring = SamplingParams(max_new_tokens=8, ignore_eos=True)
     assert engine.generate(PROMPTS[:1], ignoring)[0] == Completion(text, "length", 3)
     stopping = ignoring.replace(stop_token_ids=(text[5],))
-    assert engine.generate(PROMPTS[:1], stopping)[0] == Completion(text[:6], "stop", 3)
+    assert engine.generate(PROMPTS[:1], stopping)[0] == Completion(text[:6], "stop", 3, stop_reason=text[5])
     assert Engine(hash_model(), eos_token_ids=[text[1]]).generate(PROMPTS[:1])[0] == Completion(text[:2], "stop", 3)
 
 
@@ -89,26 +89,43 @@ def test_finished_and_padding_rows_take_no_expert_rows_and_steps_end_soon_after_
     jax.effects_barrier()
     fed = sum(len(p) for p in PROMPTS) + sum(len(c.token_ids) - 1 for c in got)
     assert sum(int(n.sum()) for n in seen) == fed
-    assert len(seen) <= 4 + max(len(c.token_ids) for c in got) + 4  # prefill calls, decode steps, steps ahead
+    # Decode calls are of 4 steps. One that has begun runs to its end, and one more was dispatched before that end was read.
+    prefills = engine.stats.prefill_calls
+    assert len(seen) <= prefills + 4 * (prefills + 1) + max(len(c.token_ids) for c in got) + 2 * 4
 
 
 def test_the_same_buckets_compile_nothing_again(hash_model):
     engine = Engine(hash_model(), max_batch_size=4, prefill_chunk=32)
-    engine.generate([[1] * 20] * 3, SamplingParams(max_new_tokens=5))
+    engine.generate([[1, i] * 10 for i in range(3)], SamplingParams(max_new_tokens=5))
     assert engine.num_programs == 2
     with count_compilations() as compiled:
-        engine.generate([[1] * 30] * 4, SamplingParams(max_new_tokens=9, stop_token_ids=(3,)))
+        engine.generate([[1, i] * 15 for i in range(4)], SamplingParams(max_new_tokens=9, stop_token_ids=(3,)))
         assert engine.stats.compile_seconds < 0.5
         assert (engine.num_programs, len(compiled)) == (2, 0)
-        engine.generate([[1] * 30] * 4, SamplingParams(temperature=1.0))  # sampling is another program
+        engine.generate([[1, i] * 15 for i in range(4)], SamplingParams(temperature=1.0))  # sampling is another program
     assert engine.num_programs == 4
     assert len(compiled) >= 2
 
 
+def test_a_warm_engine_compiles_nothing(hash_model):
+    """More prompts than slots, of several calls each, with a common beginning: every kind of program."""
+    engine = Engine(hash_model(), max_batch_size=4, prefill_chunk=32)
+    prompts = [[*range(40), i, *[9] * (i % 3)] for i in range(10)]
+    params = SamplingParams(max_new_tokens=6, temperature=0.5)
+    engine.warm_up(prompts, params)
+    programs = engine.num_programs
+    assert {key[0].kind for key in engine.programs.compiled} == {"start", "continue", "decode", "copy"}
+    engine.generate([[1]], SamplingParams(max_new_tokens=1))  # what NumPy and JAX make of their own
+    with count_compilations() as compiled:
+        engine.generate(prompts, params)
+    assert (engine.num_programs, len(compiled)) == (programs + 1, 0)
+    assert engine.stats.cached_tokens > 0
+
+
 def test_the_cache_is_donated(hash_model):
     engine = Engine(hash_model())
-    caches, make = [], engine._init_cache
-    engine._init_cache = lambda *shape: caches.append(make(*shape)) or caches[-1]
+    caches, make = [], engine.programs.init_cache
+    engine.programs.init_cache = lambda *shape: caches.append(make(*shape)) or caches[-1]
     engine.generate(PROMPTS, SamplingParams(max_new_tokens=3))
     assert [leaf.is_deleted() for leaf in jax.tree.leaves(caches[-1])] == [True]
 
@@ -135,7 +152,7 @@ def test_progress_and_stats_count_every_token(hash_model):
     assert (stats.requests, stats.prompt_tokens, stats.output_tokens) == (6, 136, 42)
     assert min(stats.compile_seconds, stats.prefill_seconds, stats.decode_seconds, stats.first_token_seconds) > 0
     assert stats.memory_bytes > 0
-    assert len(stats.summary().splitlines()) == 4
+    assert len(stats.summary().splitlines()) == 5
 
 
 def test_no_prompts_are_no_completions(hash_model):
