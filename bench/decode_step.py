@@ -3,13 +3,12 @@
     python -m bench.decode_step                                  # OLMoE, DeepSeek-V2-Lite, Qwen3-30B-A3B
     python -m bench.decode_step --models bench/configs/olmoe-1b-7b --batch-size 64 --context 1024
 
-The step is the engine's own program (greedy, sampling included), every sequence at the end of its context. `step` is a step's
-time on the stream, gaps included; `kernels` the sum of its kernel times. `floor`: the weights that a step uses (of
+The step is the engine's own program (greedy, sampling included), every sequence at the end of its context; with
+`--num-continuous-decode-steps N`, an N-th of its program of N steps. `step` is a step's time on the stream, gaps included; `kernels` the sum of its kernel times. `floor`: the weights that a step uses (of
 experts, those that some token chose), and the cache up to each sequence's end, once, at the copy rate measured here.
 """
 
 import argparse
-import dataclasses
 import gc
 import os
 import time
@@ -29,9 +28,11 @@ from bench.environment import environment, require_hopper, result_path
 from bench.layer_tables import MOE_SCOPES
 from bench.roofline import failure, number
 from bench.timing import ceilings
-from jax_epmoe.generate.batching import make_requests, plan_batches
-from jax_epmoe.generate.engine import Engine, _start
+from jax_epmoe.generate.batching import make_shapes
+from jax_epmoe.generate.engine import Engine
+from jax_epmoe.generate.programs import Call, Slots, pack
 from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.generate.scheduler import Prefill, PrefillRow, Running
 from jax_epmoe.models.decoder import Decoder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -53,12 +54,16 @@ def _arguments() -> argparse.Namespace:
     defaults = [CONFIGS / name for name in MODELS]
     parser.add_argument("--models", type=Path, nargs="+", default=defaults, help="folders with a config.json")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024, help=f"at least {CALLS + 2}")
+    parser.add_argument("--context", type=int, default=1024, help=f"at least {CALLS + 2}, or as many times N")
+    parser.add_argument(
+        "--num-continuous-decode-steps", type=int, default=1, metavar="N", help="steps a call (default 1)"
+    )
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start no model after")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
-    if args.context < CALLS + 2:
-        parser.error(f"--context is {args.context}; it should be at least {CALLS + 2}: {CALLS} steps are run")
+    steps = CALLS * args.num_continuous_decode_steps
+    if args.context < steps + 2:
+        parser.error(f"--context is {args.context}; it should be at least {steps + 2}: {steps} steps are run")
     return args
 
 
@@ -67,12 +72,14 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or result_path("decode_step")
     result: dict[str, Any] = {"format": 1, **environment(), "peer_versions": {}, "ceilings": ceilings_here()}
     result |= {"batch_size": args.batch_size, "context": args.context, "models": []}
+    result["num_continuous_decode_steps"] = args.num_continuous_decode_steps
     for folder in tqdm(args.models, desc="models"):
         if time.monotonic() > deadline:
             tqdm.write(f"time limit of {args.time_limit:.0f} s: {folder.name} and what follows left out")
             break
         try:
-            seen = measure(folder, args.batch_size, args.context, result["ceilings"]["copy_gbs"])
+            steps, copy_gbs = args.num_continuous_decode_steps, result["ceilings"]["copy_gbs"]
+            seen = measure(folder, args.batch_size, args.context, steps, copy_gbs)
         except Exception as error:  # memory: the next model may fit
             seen = failure(error)
         gc.collect()
@@ -86,41 +93,31 @@ def ceilings_here() -> dict[str, Any]:
 
 
 class Step:
-    """A decode step that goes on from where the last one ended."""
+    """A decode call of `steps` steps that goes on from where the last one ended."""
 
-    def __init__(self, model: Decoder, batch_size: int, context: int) -> None:
-        self.start = context - CALLS - 1  # the first new token comes with the prompt
-        engine = Engine(model, max_batch_size=batch_size, context_length=context)
+    def __init__(self, model: Decoder, batch_size: int, context: int, steps: int) -> None:
+        new = CALLS * steps + 1  # the first new token comes with the prompt
+        self.start = context - new
+        engine = Engine(model, max_batch_size=batch_size, context_length=context, num_continuous_decode_steps=steps)
         random = np.random.default_rng(0)
         prompts = random.integers(0, model.config.vocab_size, (batch_size, self.start)).tolist()
-        (batch,) = plan_batches(
-            make_requests(
-                prompts,
-                SamplingParams(max_new_tokens=CALLS + 1, ignore_eos=True),
-                context_length=context,
-                eos_token_ids=engine.eos_token_ids,
-            ),
-            max_batch_size=batch_size,
-            replicas=model.batch_multiple,
-            prefill_chunk=engine.prefill_chunk,
-            context_length=context,
-        )
-        wishes, rows = _start(batch)
-        prefilled = dataclasses.replace(
-            rows,
-            token=batch.column([prompt[-1] for prompt in prompts], np.int32),
-            length=batch.column([self.start] * batch_size, np.int32),
-            made=batch.column([1] * batch_size, np.int32),
-        )
-        self.wishes, self.rows = jax.tree.map(engine._put, (wishes, prefilled))
-        lowered = engine._lowered(batch, None)
+        requests = engine.requests(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
+        shapes = make_shapes(requests, engine.limits, batch_size)
+        rows = tuple(PrefillRow(Running(r, []), i, 0, self.start) for i, r in enumerate(requests))
+        tokens, _, ints, floats = pack(Prefill(rows, self.start, True, ()), shapes.num_stop_ids)
+        column = np.full(batch_size, self.start, np.int32), np.ones(batch_size, np.int32), np.ones(batch_size, bool)
+        programs = engine.programs
+        put = [programs.put(array) for array in (tokens[:, -1], *column, ints, floats)]
+        self.slots = Slots(*put, seen=None)
+        self.everyone = programs.put(np.ones(batch_size, bool))
+        lowered = programs.lower(shapes, Call("decode", length=steps))
         self.program, self.profiled = lowered.compile(), lowered.compile(scopes.ONE_BY_ONE)
-        self._weights = engine._weights
-        self.cache = jax.tree.map(_random_like, model.init_cache(batch.size, batch.cache_length))
+        self._weights = programs.weights
+        self.cache = jax.tree.map(_random_like, model.init_cache(shapes.slots, shapes.cache_length))
 
     def run(self, program: Callable) -> jax.Array:
-        self.cache, self.rows, out = program(self._weights, self.cache, self.rows, self.wishes)
-        return out
+        self.cache, self.slots, made = program(self._weights, self.cache, self.slots, self.everyone)
+        return made.token
 
 
 def _random_like(zeros: jax.Array) -> jax.Array:
@@ -132,18 +129,21 @@ def _random_like(zeros: jax.Array) -> jax.Array:
     return draw(zeros)
 
 
-def measure(folder: Path, batch_size: int, context: int, copy_gbs: float) -> dict[str, Any]:
+def measure(folder: Path, batch_size: int, context: int, steps: int, copy_gbs: float) -> dict[str, Any]:
     """One model's times and what they should be, in microseconds; its weights are gone when this returns."""
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype=DTYPE)
     started = time.perf_counter()
-    step = Step(model, batch_size, context)
+    step = Step(model, batch_size, context, steps)
     compile_seconds = time.perf_counter() - started
     run, profiled = (partial(step.run, program) for program in (step.program, step.profiled))
     timed = scopes.measure(
         run, profiled, step.profiled.as_text() or "", ITERATIONS, (*MOE_SCOPES, "attention", "sample")
     )
-    parts = timed["parts"]
-    used = used_experts(model, step.rows.token)
+    for name in ("stream_us", "device_us", "dispatch_us"):
+        timed[name] /= steps
+    parts = {name: us / steps for name, us in timed["parts"].items()}
+    kernels = [{**kernel, "us": kernel["us"] / steps} for kernel in timed["kernels"]]
+    used = used_experts(model, step.slots.token)
     weight_bytes = weight_bytes_read(model, used, batch_size)
     cache_bytes = cache_bytes_read(step.cache, step.start)
     return {
@@ -157,7 +157,7 @@ def measure(folder: Path, batch_size: int, context: int, copy_gbs: float) -> dic
         "experts_used": float(used.mean()),
         "parts": parts,
         "moe_us": sum(parts.get(name, 0) for name in MOE_SCOPES) if parts else None,
-        "kernels": timed["kernels"],
+        "kernels": kernels,
         "compile_seconds": round(compile_seconds, 1),
     }
 

@@ -20,9 +20,9 @@ from flax import nnx
 from jax_epmoe import make_mesh, sizing_cli
 from jax_epmoe.checkpoint import abstract_model, parameter_shapes
 from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from jax_epmoe.generate.batching import make_requests, plan_batches
+from jax_epmoe.generate.batching import make_shapes
 from jax_epmoe.generate.engine import Engine
-from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.generate.programs import Call
 from jax_epmoe.models.families import read_config
 from jax_epmoe.models.kv_cache import cache_dtype
 from jax_epmoe.sizing import Gpu, Layout, Sizes, Step, plan, plans
@@ -76,13 +76,12 @@ def programs(config: ModelConfig, layout: Layout):
     """The engine's own prefill call and decode step for `SIZES`, compiled without weights."""
     model = abstract_decoder(config, layout)
     engine = Engine(model, **vars(SIZES))
-    requests = make_requests(
-        [[1] * 500] * SIZES.max_batch_size, SamplingParams(), context_length=SIZES.context_length, eos_token_ids=()
-    )
-    (batch,) = plan_batches(requests, replicas=model.batch_multiple, **vars(SIZES))
-    last = batch.chunks[-1]
-    assert (last.start > 0, last.length) == (True, SIZES.prefill_chunk)
-    return [engine._program(batch, chunk) for chunk in (last, None)]
+    requests = engine.requests([[1] * (500 - i) for i in range(SIZES.max_batch_size)])
+    shapes = make_shapes(requests, engine.limits, SIZES.max_batch_size)
+    assert (shapes.slots, shapes.cache_length) == (SIZES.max_batch_size, SIZES.context_length)
+    assert shapes.chunks == ((SIZES.prefill_chunk, (SIZES.max_batch_size,)),)
+    calls = Call("continue", SIZES.max_batch_size, SIZES.prefill_chunk), Call("decode", length=1)
+    return [engine.programs(shapes, call) for call in calls]
 
 
 _ELEMENT = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}

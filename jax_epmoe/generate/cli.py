@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,10 +156,12 @@ def _generate(args: argparse.Namespace) -> None:
     from jax_epmoe.config import require
     from jax_epmoe.generate import text
     from jax_epmoe.generate.batching import check_prompts, check_sizes
+    from jax_epmoe.generate.inputs import SAMPLING_KEYS
+    from jax_epmoe.generate.llm import read_generation_config
     from jax_epmoe.generate.sampling import SamplingParams
     from jax_epmoe.mesh import initialize_distributed, split_cpu
 
-    default = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
+    default = SamplingParams(**{name: value for name, value in vars(args).items() if name in SAMPLING_KEYS})
     entries = _entries(args)
     sampling = [entry.params(default) for entry in entries]
     if args.enable_dp_attention:
@@ -167,7 +169,7 @@ def _generate(args: argparse.Namespace) -> None:
         require(args.dp_size in (1, args.tp_size), "--dp-size", args.dp_size, wanted)
         args.dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
     folder = Path(args.model)
-    config = _read_config(folder)
+    config = read_generation_config(folder, "--model")
     sizes = {name: getattr(args, name) for name in ("max_batch_size", "prefill_chunk", "context_length")}
     context_length = check_sizes(config, **sizes)
     tokenizer = text.load_tokenizer(folder)
@@ -185,7 +187,7 @@ def _generate(args: argparse.Namespace) -> None:
     is_first = jax.process_index() == 0
     with _output(args.output if is_first else os.devnull) as file:
         show_progress = is_first and not args.no_progress and sys.stderr.isatty()
-        engine = _make_engine(args, folder, config.eos_token_ids, show_progress)
+        engine = _make_engine(args, folder, config.eos_token_ids, show_progress, tokenizer)
         with _progress_bar(len(prompts), shown=show_progress) as progress:
             completions = engine.generate(prompts, sampling, progress=progress)
         if is_first:
@@ -206,33 +208,12 @@ def _entries(args: argparse.Namespace) -> list[Any]:
     return entries
 
 
-def _read_config(folder: Path) -> Any:
-    """The folder's `ModelConfig`, with the end-of-sequence tokens of generation_config.json too."""
-    from jax_epmoe.models.families import read_config
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model is {str(folder)!r}; it should be a folder with a config.json")
-    config = read_config(folder)
-    return config.replace(eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *_eos_ids(folder)])))
-
-
-def _eos_ids(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {ids!r}; it should be a token id or a list of them")
-    return ids
-
-
-def _make_engine(args: argparse.Namespace, folder: Path, eos_token_ids: Sequence[int], show_progress: bool) -> Any:
+def _make_engine(
+    args: argparse.Namespace, folder: Path, eos_token_ids: Sequence[int], show_progress: bool, tokenizer: Any | None
+) -> Any:
     from jax_epmoe.checkpoint import dummy_model, load_model
     from jax_epmoe.generate.engine import Engine
+    from jax_epmoe.generate.text import decode
     from jax_epmoe.mesh import make_mesh
 
     how = {
@@ -252,6 +233,7 @@ def _make_engine(args: argparse.Namespace, folder: Path, eos_token_ids: Sequence
         context_length=args.context_length,
         eos_token_ids=eos_token_ids,
         kv_cache_dtype=args.kv_cache_dtype,
+        detokenize=None if tokenizer is None else partial(decode, tokenizer),
     )
 
 
@@ -288,13 +270,12 @@ def _write(
     as_json: bool,
 ) -> None:
     from jax_epmoe.generate.outputs import Result, readable
-    from jax_epmoe.generate.text import decode
+    from jax_epmoe.generate.text import completion_text
 
-    results = []
-    for entry, prompt, completion in zip(entries, prompts, completions, strict=True):
-        ids = completion.token_ids
-        shown = ids[:-1] if completion.finish_reason == "stop" else ids
-        results.append(Result(entry, completion, None if tokenizer is None else decode(tokenizer, prompt, shown)))
+    results = [
+        Result(entry, completion, completion_text(tokenizer, prompt, completion))
+        for entry, prompt, completion in zip(entries, prompts, completions, strict=True)
+    ]
     if as_json:
         file.writelines(f"{result.json()}\n" for result in results)
     else:

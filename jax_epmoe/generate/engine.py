@@ -9,7 +9,6 @@ tokens that all of them have read, never on time.
 """
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +80,7 @@ class Engine:
         prefix_cache: bool = True,
         mem_fraction_static: float = 0.85,
         detokenize: Detokenize | None = None,
+        expert_load: Any | None = None,
     ):
         """
         Args:
@@ -96,6 +96,8 @@ class Engine:
           prefix_cache: what prompts of one call share at their beginning is computed once and copied.
           mem_fraction_static: the part of a device's memory that weights and cache may take.
           detokenize: (the prompt's ids, new ids) -> the new ids' text; for stop strings.
+          expert_load: its `add` is told of the rows of each expert in every step, `[MoE layers, E]`; the model then has
+            `hidden_with_load` too.
 
         Raises:
           ValueError: a size out of its range, or a `kv_cache_dtype` that does not exist.
@@ -113,7 +115,7 @@ class Engine:
         self.mesh = model.mesh
         self.eos_token_ids = tuple(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.stats = Stats()
-        self.programs = Programs(model, kv_cache_dtype)
+        self.programs = Programs(model, kv_cache_dtype, with_load=expert_load is not None)
         self.limits = Limits(
             max_batch_size=max_batch_size,
             replicas=model.batch_multiple,
@@ -125,6 +127,7 @@ class Engine:
         self._prefix_cache = prefix_cache
         self._memory_fraction = mem_fraction_static
         self._detokenize = detokenize
+        self._expert_load = expert_load
         self._aborted: set[int] = set()
 
     @property
@@ -155,27 +158,37 @@ class Engine:
           ValueError: an empty prompt, one that leaves the context no room for a token, a token id outside the vocabulary, or
             stop strings without `detokenize`.
         """
-        updates = self.stream(prompts, sampling, progress=progress, indices=indices)
-        completions = {update.index: update.completion for update in updates}
-        return [completion for _, completion in sorted(completions.items()) if completion is not None]
+        completions = dict(self.stream(prompts, sampling, progress=progress, indices=indices))
+        return [completions[index] for index in range(len(prompts))]
 
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        deltas: bool = False,
         progress: Progress | None = None,
         indices: Sequence[int] | None = None,
-    ) -> Iterator[Update]:
-        """As `generate`, but yields each completion when its prompt has finished; with `deltas`, new token ids as they are read.
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but yields each prompt's place among the prompts and its completion, when it has finished.
 
         Prompts are checked at once; work is done while the iterator is asked for more, and ends when it is closed.
         """
-        requests = self._requests(prompts, sampling, indices)
+        updates = self.stream_tokens(prompts, sampling, progress=progress, indices=indices)
+        return ((update.index, update.completion) for update in updates if update.completion is not None)
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Update]:
+        """As `stream`, but yields each prompt's new token ids as they are read, and with the last of them its completion."""
+        requests = self.requests(prompts, sampling, indices)
         self.stats = Stats(requests=len(requests), prompt_tokens=sum(len(r.prompt) for r in requests))
         self._aborted = set()
-        return self._stream(requests, deltas, progress)
+        return self._stream(requests, progress)
 
     def abort(self, index: int) -> None:
         """Ends the prompt at `index` of the stream that is being read; its completion, "abort", comes with the next updates.
@@ -190,9 +203,15 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> None:
         """Compiles every program that `generate` may need for these prompts, or for others of their lengths, and no other."""
-        self._compiled_runs(self._requests(prompts, sampling, None))
+        self._compiled_runs(self.requests(prompts, sampling))
 
-    def _requests(self, prompts: Any, sampling: Any, indices: Any) -> list[Request]:
+    def requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> list[Request]:
+        """What `generate` makes of its arguments, checked."""
         check_prompts(prompts, vocab_size=self.config.vocab_size, context_length=self.context_length)
         requests = make_requests(
             prompts,
@@ -206,20 +225,15 @@ class Engine:
             require(not stop or self._detokenize is not None, "stop", stop, "empty where there is no tokenizer")
         return requests
 
-    def _stream(self, requests: list[Request], deltas: bool, progress: Progress | None) -> Iterator[Update]:
-        runs = self._compiled_runs(requests)
-        for scheduler in runs:
-            run = _Run(self.programs, scheduler, self.stats, self._detokenize, self._aborted)
+    def _stream(self, requests: list[Request], progress: Progress | None) -> Iterator[Update]:
+        for scheduler in self._compiled_runs(requests):
+            run = _Run(self.programs, scheduler, self.stats, self._detokenize, self._expert_load, self._aborted)
             for updates in run.steps():
                 if progress is not None:
                     done = sum(update.completion is not None for update in updates)
                     progress(sum(len(update.token_ids) for update in updates), done)
                 before = time.perf_counter()
-                for update in updates:
-                    if deltas:
-                        yield update
-                    elif update.completion is not None:
-                        yield dataclasses.replace(update, token_ids=update.completion.token_ids)
+                yield from updates
                 run.paused += time.perf_counter() - before
             del run  # its cache, before the next one is made
         if requests:
@@ -264,11 +278,13 @@ class _Run:
         scheduler: Scheduler,
         stats: Stats,
         detokenize: Detokenize | None,
+        expert_load: Any | None,
         aborted: set[int],
     ):
         self.paused = 0.0  # seconds that whoever reads the stream took for itself
         self._programs, self._scheduler, self._shapes = programs, scheduler, scheduler.shapes
         self._stats, self._detokenize, self._aborted = stats, detokenize, aborted
+        self._expert_load = expert_load
         self._began = self._last = time.perf_counter()
         self._cache = programs.init_cache(self._shapes.slots, self._shapes.cache_length)
         self._slots = programs.new_slots(self._shapes)
@@ -337,6 +353,9 @@ class _Run:
             before = time.perf_counter()
             made = jax.tree.map(np.asarray, made)
             now = time.perf_counter()
+            if self._expert_load is not None and made.load is not None:
+                for rows in np.reshape(made.load, (-1, *np.shape(made.load)[-2:])):
+                    self._expert_load.add(rows)
             self._stats.add_call(type(call) is Prefill, now - self._last - self.paused, now - before)
             self._last, self.paused = now, 0.0
             if isinstance(call, Prefill):

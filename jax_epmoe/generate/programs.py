@@ -84,12 +84,14 @@ class Slots:
 @dataclass(frozen=True)
 class Made:
     """What a call made, on every device: `token [..., B]` int32, -1 for none; with log-probabilities, the chosen ones'
-    `logprob [..., B]`, and the likeliest ones' `top_ids` and `top_logprobs [..., B, N]`."""
+    `logprob [..., B]`, and the likeliest ones' `top_ids` and `top_logprobs [..., B, N]`; where it is asked for, the rows that each
+    expert got, `load [..., MoE layers, E]`."""
 
     token: jax.Array
     logprob: jax.Array | None = None
     top_ids: jax.Array | None = None
     top_logprobs: jax.Array | None = None
+    load: jax.Array | None = None
 
 
 def pack(call: Prefill, num_stop_ids: int) -> tuple[np.ndarray, ...]:
@@ -120,11 +122,12 @@ def _as_int32(value: int) -> int:
 class Programs:
     """A model's programs, each compiled once."""
 
-    def __init__(self, model: Any, kv_cache_dtype: str):
+    def __init__(self, model: Any, kv_cache_dtype: str, *, with_load: bool = False):
         check_kv_cache_dtype(kv_cache_dtype)
         self.mesh = model.mesh
         self.replicas: int = model.batch_multiple
         self.vocab_size: int = model.config.vocab_size
+        self._with_load = with_load
         self.compiled: dict[tuple, Callable[..., Any]] = {}
         # Flattened once: a call of a compiled program passes a plain list of arrays.
         self._graphdef, state = nnx.split(model)
@@ -214,6 +217,12 @@ class Programs:
     def _model(self, weights: list[jax.Array]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._state_tree, weights))
 
+    def _hidden(self, model: Any, *args: Any, is_start: bool) -> tuple[jax.Array, Any, jax.Array | None]:
+        """`Decoder.hidden`, and the rows that each expert got where they are asked for."""
+        if self._with_load:
+            return model.hidden_with_load(*args, is_start=is_start)
+        return *model.hidden(*args, is_start=is_start), None
+
     def _prefill(self, weights, cache, slots, tokens, place, ints, floats, *, mode: SamplingMode, is_start: bool):
         """Tokens `[P, S]` into their slots; rows whose prompt ends among them get their first new token."""
         size, length = tokens.shape
@@ -223,7 +232,7 @@ class Programs:
             read = jax.tree.map(lambda a: jnp.zeros((size, length, *a.shape[2:]), a.dtype), cache)
         else:
             read = self._gather(cache, slot)
-        hidden, written = model.hidden(tokens, start, read, num_tokens, is_start=is_start)  # [P, S, H]
+        hidden, written, load = self._hidden(model, tokens, start, read, num_tokens, is_start=is_start)  # [P, S, H]
         cache = self._write(cache, written, slot, start, num_tokens, length=length, is_start=is_start)
         last = jnp.maximum(num_tokens - 1, 0)
         logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])  # [P, V]
@@ -231,7 +240,7 @@ class Programs:
         zeros = jnp.zeros_like(slot)
         rows = Slots(zeros, start + num_tokens, zeros, jnp.zeros_like(slot, bool), ints, floats, seen)
         rows, made = _choose(logits, rows, ends != 0, mode)
-        return cache, self._put_rows(slots, rows, slot), made
+        return cache, self._put_rows(slots, rows, slot), dataclasses.replace(made, load=load)
 
     def _decode(self, weights, cache, slots, alive, *, mode: SamplingMode, steps: int):
         """`steps` times: every running slot's last token into the cache, and its next one out. Slots not `alive [B]` stop."""
@@ -242,10 +251,12 @@ class Programs:
             cache, slots = carry
             running = slots.running
             num_tokens = running.astype(jnp.int32)
-            hidden, cache = model.hidden(slots.token[:, None], slots.length, cache, num_tokens, is_start=False)
+            tokens = slots.token[:, None]
+            hidden, cache, load = self._hidden(model, tokens, slots.length, cache, num_tokens, is_start=False)
             slots = dataclasses.replace(slots, length=slots.length + num_tokens)
             slots, made = _choose(model.logits(hidden[:, 0]), slots, running, mode)
-            return jax.lax.with_sharding_constraint((cache, slots), (shardings, self._by_row)), made
+            carry = jax.lax.with_sharding_constraint((cache, slots), (shardings, self._by_row))
+            return carry, dataclasses.replace(made, load=load)
 
         carry = cache, dataclasses.replace(slots, running=slots.running & alive)
         if steps == 1:

@@ -197,6 +197,10 @@ class Decoder(nnx.Module):
         hidden, cache, _ = self._run(tokens, start, cache, num_tokens, is_start)
         return hidden, cache
 
+    def hidden_with_load(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, list[Cache], jax.Array]:
+        """As `hidden`, and how many rows each expert of each MoE layer got: `[MoE layers, E]` int32."""
+        return self._run(*args, **kwargs)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[B, ..., H]` -> `[B, ..., vocab]` float32."""
         return (self.head or self.embed).logits(hidden)
