@@ -16,7 +16,8 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -64,11 +65,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What runs: sequences together on all devices, positions of the cache, tokens of each sequence in a prefill call."""
+    """What runs: sequences together on all devices, positions of the cache, tokens in a prefill call: of each sequence, and of all."""
 
     max_batch_size: int
     context_length: int
     prefill_chunk: int
+    max_prefill_tokens: int = 8192
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,11 @@ def plan(
     weights = dict.fromkeys(PARTS, 0)
     for weight in device.weights:
         weights[weight.part] += weight.bytes * weight.copies
-    prefill, decode = (device.step(min(length, sizes.context_length)) for length in (sizes.prefill_chunk, 1))
-    return Plan(layout, weights, device.cache, prefill, decode)
+    prefilling = device.for_prefill(sizes.max_prefill_tokens // sizes.prefill_chunk)
+    prefill = prefilling.step(min(sizes.prefill_chunk, sizes.context_length))
+    # A prefill call works on a copy of its sequences' cache (docs/generation.md).
+    prefill = replace(prefill, activations=prefill.activations + prefilling.cache)
+    return Plan(layout, weights, device.cache, prefill, device.step(1))
 
 
 def _check(config: ModelConfig, sizes: Sizes) -> None:
@@ -217,7 +222,7 @@ class _Device:
             elements = math.prod(shards[name])
             self.weights.append(_Weight(name, elements, elements * array.dtype.itemsize, copies))
 
-        multiple = model.batch_multiple
+        self.multiple = multiple = model.batch_multiple
         self.batch = -(-sizes.max_batch_size // multiple)  # sequences in attention
         self.gathered = self.batch * multiple // layout.dp_size  # sequences in experts and head
         attention = model.layers[0].attention
@@ -233,6 +238,15 @@ class _Device:
         self.inner, self.shared, self.dense = (
             shards.get(name, (0,))[-1] for name in ("moe.w_down", "moe.shared.w_down", "mlp.w_down")
         )
+
+    def for_prefill(self, rows: int) -> "_Device":
+        """The device with only so many sequences of all, or as many as there are."""
+        other = copy(self)
+        other.batch = max(1, min(self.batch, rows // self.multiple))
+        other.gathered = self.gathered // self.batch * other.batch
+        other.cache = self.cache // self.batch * other.batch
+        other.dequantized = self.dequantized // self.batch * other.batch
+        return other
 
     def step(self, length: int) -> Step:
         """A call on the last `length` positions of every sequence."""

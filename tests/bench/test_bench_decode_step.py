@@ -86,14 +86,17 @@ def test_a_run_measures_the_engines_own_step(folder, monkeypatch, tmp_path, caps
     assert printed.splitlines()[-1] == f"wrote {output}"
 
 
-def test_every_sequence_runs_in_every_step_that_is_measured(folder):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_sequence_runs_in_every_step_that_is_measured(folder, steps):
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="float32")
-    step = decode_step.Step(model, 4, 64)
-    assert step.cache[0][0].shape[:2] == (4, 64)
+    step = decode_step.Step(model, 4, 128, steps)
+    assert step.cache[0][0].shape[:2] == (4, 128)
     for i in range(decode_step.CALLS):
-        tokens, status = np.asarray(step.run(step.program))
-        assert (tokens >= 0).all(), (i, tokens, status)
-    assert step.rows.length.tolist() == [63] * 4
+        tokens = np.asarray(step.run(step.program))
+        assert tokens.shape == (steps, 4)
+        assert (tokens >= 0).all(), (i, tokens)
+    assert step.slots.length.tolist() == [127] * 4
+    assert not step.slots.running.any()
 
 
 def test_a_context_that_the_steps_do_not_fit_is_refused(monkeypatch):
