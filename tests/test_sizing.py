@@ -30,7 +30,9 @@ from jax_epmoe.sizing import Gpu, Layout, Sizes, Step, plan, plans
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "bench" / "configs"
 SIZES = Sizes(max_batch_size=16, context_length=512, prefill_chunk=128)
-STATE_BYTES = 128 * SIZES.max_batch_size + 256  # what the engine keeps of each slot beside the cache, and is told of each row
+STATE_BYTES = (
+    128 * SIZES.max_batch_size + 256
+)  # what the engine keeps of each slot beside the cache, and is told of each row
 
 
 def random_model(kind: str, seed: int = 0) -> ModelConfig:

@@ -203,7 +203,8 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> None:
         """Compiles every program that `generate` may need for these prompts, or for others of their lengths, and no other."""
-        self._compiled_runs(self.requests(prompts, sampling))
+        for scheduler in self._compiled_runs(self.requests(prompts, sampling)):
+            self._run(scheduler)  # makes a cache, and drops it
 
     def requests(
         self,
@@ -227,7 +228,7 @@ class Engine:
 
     def _stream(self, requests: list[Request], progress: Progress | None) -> Iterator[Update]:
         for scheduler in self._compiled_runs(requests):
-            run = _Run(self.programs, scheduler, self.stats, self._detokenize, self._expert_load, self._aborted)
+            run = self._run(scheduler)
             for updates in run.steps():
                 if progress is not None:
                     done = sum(update.completion is not None for update in updates)
@@ -239,12 +240,15 @@ class Engine:
         if requests:
             self.stats.first_token_seconds /= len(requests)
 
+    def _run(self, scheduler: Scheduler) -> "_Run":
+        return _Run(self.programs, scheduler, self.stats, self._detokenize, self._expert_load, self._aborted)
+
     def _compiled_runs(self, requests: list[Request]) -> list[Scheduler]:
         before = time.perf_counter()
         runs = []
         for now, shapes in plan_runs(requests, self.limits, self._most_slots):
             scheduler = Scheduler(now, shapes, prefix_cache=self._prefix_cache)
-            self.programs.compile(shapes, _calls(scheduler))
+            self.programs.compile(shapes, program_calls(scheduler))
             runs.append(scheduler)
         self.stats.compile_seconds += time.perf_counter() - before
         return runs
@@ -257,7 +261,7 @@ class Engine:
         return self.limits.replicas * max(1, free // self.programs.slot_bytes(cache_length))
 
 
-def _calls(scheduler: Scheduler) -> Iterator[Call]:
+def program_calls(scheduler: Scheduler) -> Iterator[Call]:
     """Every call that a run may make."""
     shapes = scheduler.shapes
     for kind in ("start", "continue") if scheduler.continues else ("start",):

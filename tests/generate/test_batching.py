@@ -1,49 +1,74 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from jax_epmoe.generate.batching import Chunk, bucket, check_prompts, make_requests, plan_batches
-from jax_epmoe.generate.sampling import SamplingParams
+from jax_epmoe.generate.batching import Limits, bucket, check_prompts, chunk_lengths, make_requests, plan_runs
+from jax_epmoe.generate.sampling import SamplingMode, SamplingParams
+
+LIMITS = Limits(
+    max_batch_size=8, replicas=2, prefill_chunk=32, max_prefill_tokens=256, context_length=512, decode_steps=4
+)
 
 
-def plan(lengths, *, new=10, max_batch_size=4, replicas=1, prefill_chunk=32, context_length=512):
+def plan(lengths, *, new=10, most_slots=lambda length: 10**9, limits=LIMITS, params=None):
     requests = make_requests(
-        [[1] * n for n in lengths], SamplingParams(max_new_tokens=new), context_length=context_length, eos_token_ids=()
+        [[1] * n for n in lengths],
+        params or [SamplingParams(max_new_tokens=new)] * len(lengths),
+        context_length=limits.context_length,
+        eos_token_ids=(),
     )
-    return plan_batches(
-        requests,
-        max_batch_size=max_batch_size,
-        replicas=replicas,
-        prefill_chunk=prefill_chunk,
-        context_length=context_length,
-    )
+    return list(plan_runs(requests, limits, most_slots))
 
 
 def test_buckets_are_powers_of_two_between_two_ends():
     assert [bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
 
 
-def test_batches_hold_like_lengths_longest_first():
-    batches = plan([3, 40, 5, 70, 4])
-    assert [[r.index for r in batch.requests] for batch in batches] == [[3, 1, 2, 4], [0]]
-    assert [batch.size for batch in batches] == [4, 1]
+def test_one_run_holds_all_and_its_shapes_are_buckets():
+    ((requests, shapes),) = plan([3, 40, 5, 70, 4])
+    assert [r.index for r in requests] == [0, 1, 2, 3, 4]
+    assert (shapes.slots, shapes.slots_per_replica, shapes.cache_length, shapes.num_stop_ids) == (8, 4, 128, 4)
+    assert (shapes.chunks, shapes.decode_steps, shapes.mode) == (((32, (8,)),), 4, SamplingMode())
 
 
-def test_a_long_prompt_takes_several_chunks_and_the_last_is_as_short_as_it_can_be():
-    assert plan([70])[0].chunks == (Chunk(0, 32), Chunk(32, 32), Chunk(64, 16))
-    assert plan([5], prefill_chunk=4)[0].chunks == (Chunk(0, 4), Chunk(4, 4))
+def test_what_may_last_longest_begins_first():
+    params = [SamplingParams(max_new_tokens=n) for n in (3, 9, 3, 20)]
+    ((requests, _),) = plan([5] * 4, params=params)
+    assert [r.index for r in requests] == [3, 1, 0, 2]
+
+
+def test_a_prefill_call_has_as_many_rows_as_its_tokens_allow_and_few_when_few_slots_get_free():
+    ((_, shapes),) = plan([32] * 9)
+    assert shapes.chunks == ((32, (2, 8)),)
+    ((_, shapes),) = plan([32] * 9, limits=dataclasses.replace(LIMITS, max_prefill_tokens=10))
+    assert shapes.chunks == ((32, (2,)),)
+
+
+def test_prompts_of_other_lengths_have_shorter_calls():
+    assert chunk_lengths([32] * 5, 32) == [32]
+    assert chunk_lengths([5, 6, 3, 32], 32) == [16, 32]
+    assert chunk_lengths([500, 17, 20], 512) == [32, 512]
+    assert chunk_lengths([5] * 9, 4) == [4]
+    assert chunk_lengths([200] * 9, 100) == [100]
 
 
 def test_the_cache_holds_all_but_the_last_new_token_and_never_more_than_the_context():
-    assert plan([119], new=10)[0].cache_length == 128
-    assert plan([120], new=10)[0].cache_length == 256
-    assert plan([500], new=100, context_length=510)[0].cache_length == 510
+    assert plan([119], new=10)[0][1].cache_length == 128
+    assert plan([120], new=10)[0][1].cache_length == 256
+    assert plan([500], new=100)[0][1].cache_length == 512
 
 
-def test_rows_are_dealt_round_the_replicas():
-    batch = plan([9, 8, 7, 6, 5], max_batch_size=7, replicas=2)[0]
-    assert (batch.size, batch.rows) == (8, (0, 4, 1, 5, 2))
-    np.testing.assert_array_equal(batch.column([1, 2, 3, 4, 5], np.int32, -1), [1, 3, 5, -1, 2, 4, -1, -1])
-    np.testing.assert_array_equal(batch.tokens(Chunk(0, 16)).sum(axis=1), [9, 7, 5, 0, 8, 6, 0, 0])
+def test_one_token_each_needs_no_decode_of_several():
+    assert plan([9], new=4)[0][1].decode_steps == 1
+    assert plan([9], new=5)[0][1].decode_steps == 4
+
+
+def test_memory_bounds_the_slots_and_what_is_long_then_runs_by_itself():
+    runs = plan([100, 300, 90, 80, 400], most_slots=lambda length: 1024 // length)
+    assert [[r.index for r in requests] for requests, _ in runs] == [[1, 4], [0, 2, 3]]
+    assert [(shapes.slots, shapes.cache_length) for _, shapes in runs] == [(2, 512), (4, 128)]
+    assert plan([400], most_slots=lambda length: 0)[0][1].slots == 2  # one on each replica, and the memory will tell
 
 
 def test_a_request_stops_at_its_own_tokens_the_models_and_the_contexts_end():

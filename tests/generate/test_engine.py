@@ -1,4 +1,6 @@
 import contextlib
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,9 @@ from flax import nnx
 from jax_epmoe import MoEConfig, make_mesh
 from jax_epmoe.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from jax_epmoe.generate import Completion, Engine, SamplingParams
+from jax_epmoe.generate.batching import plan_runs
+from jax_epmoe.generate.engine import program_calls
+from jax_epmoe.generate.scheduler import Scheduler
 from jax_epmoe.models.decoder import Decoder
 
 PROMPTS = [[1, 2, 3], list(range(50)), [5] * 17, [9], [4] * 32, [6] * 33]
@@ -130,6 +135,96 @@ def test_the_cache_is_donated(hash_model):
     assert [leaf.is_deleted() for leaf in jax.tree.leaves(caches[-1])] == [True]
 
 
+def rows_of_the_cache_that_move(program, shape) -> list[str]:
+    """Instructions of a compiled program that make another array of a shard of the cache."""
+    dimensions = ",".join(map(str, shape))
+    moving = re.compile(rf"= \w+\[{dimensions}\]\S* (?:copy|copy-start|all-gather|transpose|pad|concatenate)\(")
+    return [line.strip() for line in program.as_text().splitlines() if moving.search(line)]
+
+
+def check_that_the_cache_stays(engine: Engine) -> None:
+    """Every program of a run writes the cache where it is: donated, without a copy, within its device."""
+    prompts = [[*range(40), i] for i in range(20)]
+    ((requests, shapes),) = plan_runs(
+        engine.requests(prompts, SamplingParams(max_new_tokens=300)), engine.limits, lambda length: 10**9
+    )
+    leaves = jax.tree.leaves(engine.programs.cache_shape(shapes.slots, shapes.cache_length))
+    calls = list(program_calls(Scheduler(requests, shapes, prefix_cache=True)))
+    assert {call.kind for call in calls} == {"start", "continue", "decode", "copy"}
+    engine.programs.compile(shapes, calls)
+    for call in calls:
+        program = engine.programs(shapes, call)
+        held = 0
+        for leaf in leaves:
+            shard = leaf.sharding.shard_shape(leaf.shape)
+            assert rows_of_the_cache_that_move(program, shard) == [], call
+            held += math.prod(shard) * leaf.dtype.itemsize
+        assert program.memory_analysis().alias_size_in_bytes >= held, call
+
+
+def test_no_program_copies_the_cache(hash_model):
+    check_that_the_cache_stays(Engine(hash_model(2), max_batch_size=16, prefill_chunk=32, max_prefill_tokens=128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+@pytest.mark.parametrize("sizes", [{}, {"tp_size": 2, "dp_size": 2}, {"tp_size": 4, "dp_attention": True}], ids=str)
+def test_no_program_of_a_decoder_copies_the_cache(attention, sizes, kv_cache_dtype):
+    model = decoder({"gqa": GQA, "mla": MLA}[attention], context=512, **sizes)
+    sizes = {"max_batch_size": 16, "prefill_chunk": 32, "max_prefill_tokens": 128}
+    check_that_the_cache_stays(Engine(model, kv_cache_dtype=kv_cache_dtype, **sizes))
+
+
+def test_memory_bounds_the_slots(hash_model, monkeypatch):
+    engine = Engine(hash_model(2), max_batch_size=16, prefill_chunk=16)
+    monkeypatch.setattr("jax_epmoe.generate.engine.free_memory", lambda devices, fraction: int(2500 * fraction))
+    got = engine.generate(PROMPTS * 3, SamplingParams(max_new_tokens=9))
+    assert engine.stats.slots == 2 * (int(2500 * 0.85) // (4 * 128))  # int32 tokens at 128 positions, two replicas
+    assert got == [Completion(expected(p, 9), "length", len(p)) for p in PROMPTS * 3]
+
+
+def test_completions_come_as_they_finish_and_tokens_as_they_are_read(hash_model):
+    params = [SamplingParams(max_new_tokens=n) for n in (30, 2, 9, 1, 17, 5)]
+    engine = Engine(hash_model(), num_continuous_decode_steps=3)
+    finished = list(engine.stream(PROMPTS, params))
+    assert [index for index, _ in finished] != sorted(index for index, _ in finished)
+    assert {i: c.token_ids for i, c in finished} == {
+        i: expected(p, n.max_new_tokens) for i, (p, n) in enumerate(zip(PROMPTS, params, strict=True))
+    }
+    updates = [update for update in engine.stream_tokens(PROMPTS, params) if update.index == 0]
+    assert [len(update.token_ids) for update in updates] == [1] + [3] * 9 + [2]
+    assert [update.completion is None for update in updates] == [True] * 10 + [False]
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: number of tokens is 0"):  # at once, not when it is read
+        engine.stream([[]])
+
+
+def test_the_rows_of_each_expert_are_told_of_every_step(hash_model):
+    class Recorder(list):
+        add = list.append
+
+    recorder, model = Recorder(), hash_model()
+    model.hidden_with_load = lambda *args, **kwargs: (*model.hidden(*args, **kwargs), jnp.sum(args[3])[None, None])
+    engine = Engine(model, expert_load=recorder, num_continuous_decode_steps=3)
+    engine.generate(PROMPTS, SamplingParams(max_new_tokens=7))
+    assert len(recorder) == engine.stats.prefill_calls + engine.stats.decode_steps
+    assert sum(int(rows[0, 0]) for rows in recorder) == sum(map(len, PROMPTS)) + 6 * len(PROMPTS)
+
+
+def test_what_is_left_of_a_list_gets_the_draws_that_it_would_have_had(hash_model):
+    wild = SamplingParams(temperature=3.0, max_new_tokens=8)
+    engine = Engine(hash_model())
+    whole = engine.generate(PROMPTS, wild)
+    assert engine.generate(PROMPTS[2:4], wild, indices=[2, 3]) == whole[2:4]
+    with pytest.raises(ValueError, match=r"^number of indices is 1; it should be 2, one a prompt$"):
+        engine.generate(PROMPTS[2:4], wild, indices=[2])
+
+
+def test_stop_strings_need_a_tokenizer(hash_model):
+    with pytest.raises(ValueError, match=r"^stop is \('x',\); it should be empty where there is no tokenizer$"):
+        Engine(hash_model()).generate([[1]], SamplingParams(stop="x"))
+
+
 def test_sampling_depends_on_seed_index_and_position_alone(hash_model):
     wild = SamplingParams(temperature=3.0, top_p=0.95, max_new_tokens=12, seed=5)
     prompts = [[1, 2, 3]] * 5
@@ -161,7 +256,17 @@ def test_no_prompts_are_no_completions(hash_model):
     assert engine.stats.tokens_per_second == 0
 
 
-@pytest.mark.parametrize("name", ["max_batch_size", "prefill_chunk", "context_length"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_batch_size",
+        "prefill_chunk",
+        "max_prefill_tokens",
+        "context_length",
+        "num_continuous_decode_steps",
+        "mem_fraction_static",
+    ],
+)
 def test_a_size_out_of_range_is_refused(hash_model, name):
     with pytest.raises(ValueError, match=rf"^{name} is 0; it should be"):
         Engine(hash_model(), **{name: 0})
@@ -169,7 +274,7 @@ def test_a_size_out_of_range_is_refused(hash_model, name):
         Engine(hash_model()).generate([[1], [2]], [SamplingParams()])
 
 
-def tiny_config(attention) -> ModelConfig:
+def tiny_config(attention, context=128) -> ModelConfig:
     return ModelConfig(
         vocab_size=61,
         hidden_size=32,
@@ -178,7 +283,7 @@ def tiny_config(attention) -> ModelConfig:
         moe=MoEConfig(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2),
         moe_layers=(False, True),
         dense_intermediate_size=32,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
     )
 
 
@@ -186,16 +291,18 @@ GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8)
 MLA = MLAConfig(num_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
 
 
-def decoder(attention, **sizes) -> Decoder:
+def decoder(attention, *, context=128, dp_attention=False, **sizes) -> Decoder:
     """Weights of some size, so that the context decides the tokens."""
-    model = Decoder(tiny_config(attention), mesh=make_mesh(**sizes), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    config, mesh = tiny_config(attention, context), make_mesh(**sizes)
+    model = Decoder(config, mesh=mesh, dtype=jnp.float32, rngs=nnx.Rngs(0), dp_attention=dp_attention)
     nnx.update(model, jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a, nnx.state(model, nnx.Param)))
     return model
 
 
 @pytest.mark.parametrize("attention", [GQA, MLA], ids=["gqa", "mla"])
 def test_a_decoder_says_the_same_alone_batched_chunked_and_split(attention):
-    prompts = [[7, 3, 9], [n % 61 for n in range(40)], [20, 21, 22, 23], [11] * 12, [60]]
+    long = [n % 61 for n in range(40)]
+    prompts = [[7, 3, 9], long, [20, 21, 22, 23], [11] * 12, [60], [*long[:36], 5, 4], [*long[:36], 1]]
     params = SamplingParams(max_new_tokens=8)
     model = decoder(attention)
     forward = jax.jit(lambda tokens: model(tokens))
@@ -203,10 +310,13 @@ def test_a_decoder_says_the_same_alone_batched_chunked_and_split(attention):
     tokens[0, :40] = prompts[1]
     for n in range(40, 48):
         tokens[0, n] = jnp.argmax(forward(tokens)[0, n - 1])
-    engine = Engine(model, max_batch_size=1)
+    engine = Engine(model, max_batch_size=1, prefix_cache=False)
     alone = engine.generate(prompts, params)
+    assert engine.stats.cached_tokens == 0
     assert alone[1].token_ids == tokens[0, 40:].tolist()
     assert len({token for c in alone for token in c.token_ids}) > 8, "the model says one thing only"
-    assert Engine(model, max_batch_size=8, prefill_chunk=16).generate(prompts, params) == alone
+    engine = Engine(model, max_batch_size=4, prefill_chunk=16)  # fewer slots than prompts, and two that copy
+    assert engine.generate(prompts, params) == alone
+    assert engine.stats.cached_tokens == 64
     split = decoder(attention, tp_size=4, ep_size=2, dp_size=2)
     assert Engine(split, max_batch_size=8, prefill_chunk=16).generate(prompts, params) == alone
