@@ -74,7 +74,7 @@ def measure(engine: Engine, batch_size: int, prompt_length: int, output_length: 
         "batch_size": batch_size,
         "prefill_tokens_per_second": round(stats.prompt_tokens_per_second, 1),
         "decode_tokens_per_second": round(stats.output_tokens_per_second, 1),
-        "decode_step_ms": round(1e3 * stats.decode_seconds / (output_length - 1), 3),
+        "decode_step_ms": round(1e3 * stats.decode_seconds / stats.decode_steps, 3),
         "first_token_ms": round(1e3 * stats.first_token_seconds, 2),
         "compile_seconds": round(compile_seconds, 2),
         "peak_device_gib_so_far": round(stats.memory_bytes / 2**30, 3),

@@ -104,11 +104,11 @@ class Scheduler:
         return not (self._waiting or self._prefilling or self._decoding)
 
     def next_calls(self) -> tuple[Prefill | None, Decode | None]:
-        """What to dispatch now: prefill first while less than half of what runs could decode."""
+        """What to dispatch now: prefill alone, unless more than half of what is in slots can decode."""
         self._admit()
         prefill = self._next_prefill() if self._prefilling else None
         occupied = len(self._prefilling) + len(self._decoding)
-        return prefill, self._next_decode() if prefill is None or 2 * len(self._decoding) >= occupied else None
+        return prefill, self._next_decode() if prefill is None or 2 * len(self._decoding) > occupied else None
 
     def end(self, running: Running) -> bool:
         """The sequence has ended; whether it still had a slot, which is free now."""

@@ -77,9 +77,9 @@ def test_a_chat_is_written_by_the_template(llm, expected, monkeypatch):
 def test_random_weights_need_only_a_config(tmp_path):
     (tmp_path / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
     llm = ep.LLM(tmp_path, load_format="dummy", dtype="float32", max_batch_size=2)
-    (output,) = llm.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=ep.SamplingParams(max_tokens=2, logprobs=2))
-    assert (output.text, len(output.token_ids)) == (None, 2)
-    assert [2 <= len(told) <= 3 and min(told.values()) < 0 for told in output.logprobs] == [True] * 2
+    (output,) = llm.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=ep.SamplingParams(max_tokens=1, logprobs=2))
+    assert (output.text, len(output.token_ids)) == (None, 1)
+    assert [len(told) in (2, 3) and max(told.values()) < 0 for told in output.logprobs] == [True]
     with pytest.raises(ValueError, match="has no tokenizer"):
         llm.generate("a")
     with pytest.raises(ValueError, match=r"^--chat needs a tokenizer|chat template"):

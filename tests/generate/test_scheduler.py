@@ -116,8 +116,8 @@ def test_decode_waits_while_most_of_what_runs_is_still_in_prefill():
     for _ in range(10):
         prefill, decode = scheduler.next_calls()
         kinds.append((prefill is not None, decode is not None))
-    # The first prompt takes one call and the others three each: from the fourth call on, half of them can decode.
-    assert kinds == [(True, False)] * 3 + [(True, True)] * 7
+    # The first prompt takes one call and the others three each: after the seventh call, three can decode.
+    assert kinds == [(True, False)] * 6 + [(True, True)] * 4
     assert scheduler.shapes.chunk == 32
 
 
