@@ -5,7 +5,7 @@ Shapes come from short lists, so that few programs are compiled:
 - slots (sequences that run together): the model's `batch_multiple` times a power of two, at most `max_batch_size` and what the
   memory holds;
 - tokens of each row of a prefill call: one power of two from 16 to `prefill_chunk`, or two where prompts differ much;
-- rows of a prefill call: as many as `max_prefill_tokens` allow, or a quarter of it;
+- rows of a prefill call: as many as `max_prefill_tokens` allow; or a quarter of that, if that is at least two a device;
 - positions of the cache: a power of two from 128 to the context length.
 """
 
@@ -194,7 +194,7 @@ def make_shapes(requests: Sequence[Request], limits: Limits, most_slots: int) ->
     for length in chunk_lengths([len(r.prompt) for r in requests], limits.prefill_chunk):
         rows = max(1, min(slots_per_replica, limits.max_prefill_tokens // (length * replicas)))
         # Once the slots are taken, few of them are freed at a time.
-        fewer = {max(1, rows // 4)} if len(requests) > slots else set()
+        fewer = {rows // 4} if rows >= 8 and len(requests) > slots else set()
         chunks.append((length, tuple(replicas * n for n in sorted({rows, *fewer}))))
     return Shapes(
         slots=slots,

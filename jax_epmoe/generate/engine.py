@@ -311,7 +311,8 @@ class _Run:
                 yield self._read(unread.popleft())
         devices = [d for d in self._programs.mesh.devices.flat if d.process_index == jax.process_index()]
         self._stats.memory_bytes = max(self._stats.memory_bytes, device_memory(devices))
-        require(self._scheduler.num_free == self._shapes.slots, "free slots", self._scheduler.num_free, "all of them")
+        if self._scheduler.num_free != self._shapes.slots:
+            raise RuntimeError(f"{self._shapes.slots - self._scheduler.num_free} slots were never freed")
 
     def _dispatch(self) -> list[tuple[Prefill | Decode, Made]]:
         prefill, decode = self._scheduler.next_calls()

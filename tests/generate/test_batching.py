@@ -39,8 +39,10 @@ def test_what_may_last_longest_begins_first():
 
 
 def test_a_prefill_call_has_as_many_rows_as_its_tokens_allow_and_few_when_few_slots_get_free():
-    ((_, shapes),) = plan([32] * 9)
-    assert shapes.chunks == ((32, (2, 8)),)
+    many = dataclasses.replace(LIMITS, max_batch_size=32, max_prefill_tokens=1000)
+    assert plan([32] * 33, limits=many)[0][1].chunks == ((32, (6, 30)),)
+    assert plan([32] * 32, limits=many)[0][1].chunks == ((32, (30,)),)
+    assert plan([32] * 9)[0][1].chunks == ((32, (8,)),)
     ((_, shapes),) = plan([32] * 9, limits=dataclasses.replace(LIMITS, max_prefill_tokens=10))
     assert shapes.chunks == ((32, (2,)),)
 
