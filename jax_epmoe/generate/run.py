@@ -165,11 +165,16 @@ class Run:
             if running.finish_reason is not None:
                 self._end(running)
             if new or running.finish_reason is not None:
-                updates.append(Update(running.request.index, running.token_ids[-new:], _completion(running)))
+                updates.append(
+                    Update(
+                        running.request.index, running.token_ids[len(running.token_ids) - new :], _completion(running)
+                    )
+                )
         return updates
 
     def _end(self, running: Running) -> None:
-        if self._scheduler.end(running):
+        had_slot = self._scheduler.end(running)
+        if had_slot and (running.finish_reason == "abort" or isinstance(running.stop_reason, str)):
             self._some_were_stopped = True
 
     def _abort(self) -> list[Update]:

@@ -78,14 +78,13 @@ class Scheduler:
 
     def __init__(self, requests: Sequence[Request], shapes: Shapes, *, prefix_cache: bool):
         self.shapes = shapes
-        none: list[list[bytes]] = [[] for _ in requests]
         # A repetition penalty needs to see the whole prompt pass by.
-        reusing = [r.sampling.repetition_penalty == 1 for r in requests]
-        blocks = shared_blocks([r.prompt if reuse else () for r, reuse in zip(requests, reusing, strict=True)])
-        self._waiting = collections.deque(map(Running, requests, blocks if prefix_cache else none))
+        reuse = [prefix_cache and r.sampling.repetition_penalty == 1 for r in requests]
+        blocks = shared_blocks([r.prompt if reused else () for r, reused in zip(requests, reuse, strict=True)])
+        self._waiting = collections.deque(map(Running, requests, blocks))
         self.requests = {running.request.index: running for running in self._waiting}
         self.decodes = any(r.limit > 1 for r in requests)
-        self.shares_prefixes = prefix_cache and any(blocks)
+        self.shares_prefixes = any(blocks)
         self.continues = self.shares_prefixes or any(len(r.prompt) > shapes.chunk for r in requests)
         self._prefixes = PrefixCache()
         self._prefilling: list[Running] = []
