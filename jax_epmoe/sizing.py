@@ -98,11 +98,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes per device: `weights` by `PARTS`, the `cache`, and each call's."""
+    """Bytes per device: `weights` by `PARTS`, the `cache`, and each call's; `prefill_rows`: sequences in a prefill call, on all devices."""
 
     layout: Layout
     weights: dict[str, int]
     cache: int
+    prefill_rows: int
     prefill: Step
     decode: Step
 
@@ -168,7 +169,7 @@ def plan(
     prefill = prefilling.step(min(sizes.prefill_chunk, sizes.context_length))
     # A prefill call works on a copy of its sequences' cache (docs/generation.md).
     prefill = replace(prefill, activations=prefill.activations + prefilling.cache)
-    return Plan(layout, weights, device.cache, prefill, device.step(1))
+    return Plan(layout, weights, device.cache, prefilling.batch * device.multiple, prefill, device.step(1))
 
 
 def _check(config: ModelConfig, sizes: Sizes) -> None:

@@ -89,6 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of each prompt a prefill call (default 512)"
     )
+    group.add_argument(
+        "--max-prefill-tokens", type=int, default=8192, metavar="N", help="of all prompts together (default 8192)"
+    )
     return parser
 
 
@@ -118,7 +121,7 @@ def _plan(args: argparse.Namespace) -> int:
     gpu = _gpu(args, jax.numpy.dtype(dtype).itemsize)
     context = min(_DEFAULT_CONTEXT, config.max_position_embeddings)
     context = context if args.context_length is None else args.context_length
-    sizes = Sizes(args.max_batch_size, context, args.prefill_chunk)
+    sizes = Sizes(args.max_batch_size, context, args.prefill_chunk, args.max_prefill_tokens)
 
     def rank(plan: Plan) -> tuple:
         floor = getattr(plan, args.by).floor_seconds(gpu)
@@ -135,7 +138,7 @@ def _plan(args: argparse.Namespace) -> int:
         print(
             f"{args.model}, {dtype}{cache}, {args.gpus} x {args.gpu}: {args.memory_fraction:g} of their memory is "
             f"{gpu.memory / _GIB:.1f} GiB each\n{sizes.max_batch_size} sequences, {sizes.context_length} positions, {sizes.prefill_chunk} "
-            f"tokens of each a prefill call\n\n{_table(fitting, sizes, gpu)}\n"
+            f"tokens of each and {sizes.max_prefill_tokens} of all a prefill call\n\n{_table(fitting, sizes, gpu)}\n"
         )
         if len(fitting) < len(ranked):
             print(f"{len(ranked) - len(fitting)} more do not fit")
@@ -189,7 +192,8 @@ def _table(found: Sequence[Plan], sizes: Sizes, gpu: Gpu) -> str:
         layout, steps = plan.layout, (plan.prefill, plan.decode)
         sent, floors = [step.sent / 1e6 for step in steps], [step.floor_seconds(gpu) for step in steps]
         lengths = (min(sizes.prefill_chunk, sizes.context_length), 1)
-        rates = [sizes.max_batch_size * length / floor for length, floor in zip(lengths, floors, strict=True)]
+        rows = plan.prefill_rows, sizes.max_batch_size
+        rates = [n * length / floor for n, length, floor in zip(rows, lengths, floors, strict=True)]
         activations = max(step.activations for step in steps)
         values = [*(plan.weights[part] for part in PARTS), plan.cache, activations, plan.total]
         line = f"{layout.tp_size:3}{layout.ep_size:4}{layout.dp_size:4} {'yes' if layout.dp_attention else '-':6}"
