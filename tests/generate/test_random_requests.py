@@ -6,12 +6,11 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conftest import VOCAB
 
 from jax_epmoe.generate import Completion, Engine, SamplingParams
 from jax_epmoe.generate.sampling import penalize, request_keys, sample
 
-EOS = 96
+VOCAB, EOS = 97, 96  # HashModel's
 
 
 def detokenize(prompt, ids):
