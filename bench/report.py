@@ -104,7 +104,7 @@ def plot(recorded: Recorded, path: Path) -> None:
     shares = total / np.maximum(total.mean(axis=1, keepdims=True), 1e-9)  # [L, E]
     height = max(2.5, min(8.0, 0.16 * layers + 1))
     figure, ((heat, bars), (over_time, empty)) = pyplot.subplots(
-        2, 2, figsize=(12, 1.7 * height), width_ratios=(4, 1), height_ratios=(2, 1.2), layout="constrained"
+        2, 2, figsize=(12, 1.4 * height), width_ratios=(4, 1), height_ratios=(2, 1.2), layout="constrained"
     )
     empty.set_visible(False)
     # Experts that get nothing are as dark as a hundredth of an even share.
@@ -120,7 +120,7 @@ def plot(recorded: Recorded, path: Path) -> None:
     bars.plot(stepwise_imbalance(rows), np.arange(layers), "o", color="tab:orange", markersize=3, label="in a step")
     bars.axvline(1, color="black", linewidth=1)
     bars.set(ylim=(layers - 0.5, -0.5), yticks=[], xlabel="busiest expert / mean", xlim=(0, None))
-    bars.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside upper right")
     image = over_time.imshow(imbalance(rows).T, extent=(0, windows, layers - 0.5, -0.5), **place)
     steps = recorded.first_step[1] if windows > 1 else 1
     over_time.set(xlabel="step" if steps == 1 else f"window of {steps} steps", ylabel="layer")

@@ -2,119 +2,20 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from jax_epmoe.command_line import Parser, refuse
-from jax_epmoe.models.kv_cache import KV_CACHE_DTYPES
-
-PROGRAM = "epmoe-generate"
-
-_DESCRIPTION = """\
-Continue prompts with a converted checkpoint (see epmoe-convert), on a mesh of dp_size * tp_size devices.
-
-Input files: JSONL with {"prompt": ...}, {"prompt_token_ids": [...]} or, with --chat, {"messages": [...]} a line, or text
-with a prompt a line. A JSON line may set max_new_tokens, temperature, top_k, top_p, seed, ignore_eos and stop_token_ids
-for itself; its other keys are copied to the output. Output: {"text": ..., "token_ids": [...], "finish_reason": "stop" |
-"length"} a line, in the order of the input; text is null without a tokenizer.
-"""
-
-_EPILOG = "JAX_COMPILATION_CACHE_DIR=FOLDER keeps compiled programs for the next run."
+from jax_epmoe.command_line import refuse
+from jax_epmoe.generate.arguments import PROGRAM, make_parser
 
 
-def _token_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} should be token ids with commas between: 1,2,3") from None
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(PROGRAM, _DESCRIPTION, _EPILOG)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="FOLDER", help="a converted checkpoint")
-    group.add_argument(
-        "--load-format",
-        choices=("auto", "dummy"),
-        default="auto",
-        help="dummy: random weights, for a folder with only config.json",
-    )
-    group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
-    group.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        help="auto, the default: as --dtype; fp8 (or fp8_e4m3): float8 with scales, about half of bfloat16's memory",
-    )
-    group.add_argument("--backend", choices=("hopper", "triton", "xla"), help="grouped GEMM; default: the fastest")
-
-    group = parser.add_argument_group("devices")
-    group.add_argument(
-        "--tp-size", type=int, default=1, metavar="N", help="devices a replica is split over (default 1)"
-    )
-    group.add_argument(
-        "--ep-size", type=int, default=1, metavar="N", help="parts the experts are dealt into (default 1)"
-    )
-    group.add_argument("--dp-size", type=int, default=1, metavar="N", help="replicas (default 1)")
-    group.add_argument(
-        "--enable-dp-attention",
-        action="store_true",
-        help="deal sequences, not heads, over the tp-size devices in attention; --dp-size is then tp-size or left out",
-    )
-    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0, to run over several processes")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="I")
-
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    group.add_argument(
-        "--prompt-token-ids",
-        type=_token_ids,
-        action="append",
-        default=[],
-        metavar="1,2,3",
-        help="may be repeated; needs no tokenizer",
-    )
-    group.add_argument("--input", metavar="FILE", help=".jsonl or .txt; - is standard input")
-    group.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
-    group.add_argument(
-        "--output", metavar="FILE.jsonl", help="default: readable text on standard output; -: JSONL on standard output"
-    )
-    group.add_argument(
-        "--no-progress",
-        action="store_true",
-        help="no progress bars on standard error; there are none where that is no terminal",
-    )
-
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default 128)")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0, the default, is all tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1, the default, is all tokens")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence tokens")
-    group.add_argument(
-        "--stop-token-ids", type=_token_ids, default=[], metavar="1,2,3", help="stop at these too, --ignore-eos or not"
-    )
-
-    group = parser.add_argument_group("batches")
-    group.add_argument(
-        "--max-batch-size", type=int, default=32, metavar="N", help="sequences run together (default 32)"
-    )
-    group.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of each prompt a prefill call (default 512)"
-    )
-    group.add_argument(
-        "--context-length",
-        type=int,
-        metavar="N",
-        help="most positions of a prompt and its continuation; default, and most: the model's",
-    )
-    return parser
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, and how to go on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{PROGRAM}: interrupted{interrupt}", file=sys.stderr)
         return 130
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
@@ -151,69 +52,224 @@ def _is_ours(error: BaseException) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A line of the input, checked: `place` is its number among all lines, from 0, and `limit` the most tokens it may get."""
+
+    place: int
+    entry: Any
+    params: Any
+    prompt: list[int]
+    key: str
+    limit: int
+
+
 def _generate(args: argparse.Namespace) -> None:
     """From arguments to output. What can be refused is refused before devices are touched or weights read."""
     from jax_epmoe.config import require
     from jax_epmoe.generate import text
-    from jax_epmoe.generate.batching import check_prompts, check_sizes
-    from jax_epmoe.generate.inputs import SAMPLING_KEYS
-    from jax_epmoe.generate.llm import read_generation_config
+    from jax_epmoe.generate.batching import check_sizes
+    from jax_epmoe.generate.outputs import Result
     from jax_epmoe.generate.sampling import SamplingParams
+    from jax_epmoe.generate.watching import profile, progress_bar, run_kernels_one_by_one, saved
     from jax_epmoe.mesh import initialize_distributed, split_cpu
 
-    default = SamplingParams(**{name: value for name, value in vars(args).items() if name in SAMPLING_KEYS})
-    entries = _entries(args)
-    sampling = [entry.params(default) for entry in entries]
+    default = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
+    lines = _lines(args)
     if args.enable_dp_attention:
         wanted = f"{args.tp_size}, as tp_size, or left out with --enable-dp-attention"
         require(args.dp_size in (1, args.tp_size), "--dp-size", args.dp_size, wanted)
         args.dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
+    is_file = args.output not in (None, "-") and not _is_device(args.output)
+    require(is_file or not args.resume, "--resume", "given", "given together with a file as --output")
+    require(args.profile_seconds > 0, "--profile-seconds", args.profile_seconds, "a positive number")
     folder = Path(args.model)
-    config = read_generation_config(folder, "--model")
+    config = _read_config(folder)
     sizes = {name: getattr(args, name) for name in ("max_batch_size", "prefill_chunk", "context_length")}
     context_length = check_sizes(config, **sizes)
     tokenizer = text.load_tokenizer(folder)
     if args.chat:
         text.check_chat_template(tokenizer)
-    prompts = [text.encode(tokenizer, entry, chat=args.chat) for entry in entries]
-    check_prompts(
-        prompts, vocab_size=config.vocab_size, context_length=context_length, names=[entry.name for entry in entries]
-    )
+    tasks = _tasks(args, lines, default, tokenizer, config.vocab_size, context_length)
 
+    if args.profile is not None:
+        run_kernels_one_by_one()
     split_cpu(max(1, args.tp_size * args.dp_size // (args.num_processes or 1)))
     initialize_distributed(args.coordinator_address, args.num_processes, args.process_id)
     import jax
 
     is_first = jax.process_index() == 0
-    with _output(args.output if is_first else os.devnull) as file:
+    output = _output(args, tasks, is_first=is_first, is_file=is_file)
+    finished = False
+    try:
+        tasks = _remaining(tasks, output.places)
+        if not tasks:
+            print(f"{PROGRAM}: all {output.done} prompts are in {args.output} already", file=sys.stderr)
+            finished = True
+            return
         show_progress = is_first and not args.no_progress and sys.stderr.isatty()
-        engine = _make_engine(args, folder, config.eos_token_ids, show_progress, tokenizer)
-        with _progress_bar(len(prompts), shown=show_progress) as progress:
-            completions = engine.generate(prompts, sampling, progress=progress)
+        recorder = _recorder(args, config, folder)
+        engine = _make_engine(args, folder, config.eos_token_ids, show_progress, recorder)
+        prompts, sampling = [task.prompt for task in tasks], [task.params for task in tasks]
+        indices = [task.place for task in tasks]  # a resumed run draws what it would have drawn
+        name = folder.resolve().name
+        with (
+            saved(recorder, args.expert_load if is_first else None),
+            profile(args.profile, args.profile_seconds) as in_profile,
+            progress_bar([task.limit for task in tasks], shown=show_progress) as (progress, close),
+        ):
+            for i, completion in engine.stream(prompts, sampling, progress=in_profile(progress), indices=indices):
+                task = tasks[i]
+                close(task.limit, len(completion.token_ids))
+                if is_first:
+                    said = text.completion_text(tokenizer, task.prompt, completion)
+                    output.add(task.place, Result(task.entry, task.key, completion, said, name))
+        finished = True
         if is_first:
-            _write(file, entries, prompts, completions, tokenizer, as_json=args.output is not None)
             print(engine.stats.summary(), file=sys.stderr)
+    except KeyboardInterrupt:
+        if is_file and is_first and output.done:
+            raise _Interrupted(
+                f": {args.output} holds {output.done} of {output.total} answers; the same command with --resume goes on"
+            ) from None
+        raise
+    finally:
+        output.close(finished=finished)
 
 
-def _entries(args: argparse.Namespace) -> list[Any]:
-    from jax_epmoe.generate.inputs import Entry, read_entries, text_entry
+def _lines(args: argparse.Namespace) -> list[tuple[Any, str, str]]:
+    """What to parse, as (parser, name, text)."""
+    from jax_epmoe.generate.inputs import read_lines, text_entry, token_ids_entry
 
-    entries = [text_entry(f"--prompt {i}", prompt) for i, prompt in enumerate(args.prompt, 1)]
+    lines: list[tuple[Any, str, str]] = [
+        (text_entry, f"--prompt {i}", prompt) for i, prompt in enumerate(args.prompt, 1)
+    ]
     for i, ids in enumerate(args.prompt_token_ids, 1):
-        entries.append(Entry(f"--prompt-token-ids {i}", ids, "prompt_token_ids"))
+        lines.append((token_ids_entry, f"--prompt-token-ids {i}", ids))
     if args.input is not None:
-        entries += read_entries(args.input)
-    if not entries:
+        parse, found = read_lines(args.input)
+        lines += [(parse, name, line) for name, line in found]
+    if not lines:
         raise ValueError("there is nothing to continue; --prompt, --prompt-token-ids or --input should be given")
-    return entries
+    return lines
+
+
+def _tasks(
+    args: argparse.Namespace,
+    lines: Sequence[tuple[Any, str, str]],
+    default: Any,
+    tokenizer: Any | None,
+    vocab_size: int,
+    context_length: int,
+) -> list[_Task]:
+    """Every line that is right; a wrong one stops, or with `--on-error skip` is told and left out."""
+    from jax_epmoe.generate import text
+    from jax_epmoe.generate.batching import check_prompts
+    from jax_epmoe.generate.entries import resume_key
+
+    def check(place: int, parse: Any, name: str, line: Any) -> _Task:
+        entry = parse(name, line)
+        earlier = custom_ids.setdefault(entry.custom_id or name, name)
+        if earlier != name:
+            raise ValueError(f"{name}: custom_id is {entry.custom_id!r}, as of {earlier}; it should be the line's own")
+        params = entry.params(default)
+        prompt = text.encode(tokenizer, entry, chat=args.chat)
+        check_prompts([prompt], vocab_size=vocab_size, context_length=context_length, names=[name])
+        limit = min(params.max_new_tokens, context_length - len(prompt))
+        return _Task(place, entry, params, prompt, resume_key(entry, place, params, chat=args.chat), limit)
+
+    tasks: list[_Task] = []
+    custom_ids: dict[str, str] = {}
+    for place, line in enumerate(lines):
+        try:
+            tasks.append(check(place, *line))
+        except ValueError as error:
+            if args.on_error == "stop" or not _is_ours(error):
+                raise
+            print(f"{PROGRAM}: skipped: {' '.join(str(error).split())}", file=sys.stderr)
+    skipped = len(lines) - len(tasks)
+    if skipped:
+        print(f"{PROGRAM}: skipped {skipped} of {len(lines)} lines", file=sys.stderr)
+    if not tasks:
+        raise ValueError("no line is left to continue; --on-error skip left all of them out")
+    return tasks
+
+
+def _is_device(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def _output(args: argparse.Namespace, tasks: Sequence[_Task], *, is_first: bool, is_file: bool) -> Any:
+    """Where results go: nowhere, but in the first process."""
+    from jax_epmoe.generate.outputs import Result, ResumableFile, Stream
+
+    places = [task.place for task in tasks]
+    in_order = args.output_order == "input"
+    if is_first and is_file:
+        keys = {task.key: task.place for task in tasks}
+        return ResumableFile(args.output, keys, resume=args.resume, in_order=in_order)
+    order = places if in_order else None
+    if not is_first:
+        return Stream(open(os.devnull, "w"), Result.json, order)
+    if args.output is not None:
+        file = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
+        return Stream(file, Result.json, order)
+    return Stream(sys.stdout, *((Result.readable, order) if len(tasks) == 1 else (Result.block, order, "\n")))
+
+
+def _remaining(tasks: list[_Task], done: frozenset[int]) -> list[_Task]:
+    """The tasks without a line in the output, which the first process alone has read."""
+    import jax
+    import numpy as np
+
+    is_done = np.array([task.place in done for task in tasks])
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        is_done = np.asarray(multihost_utils.broadcast_one_to_all(is_done))
+    return [task for task, there in zip(tasks, is_done, strict=True) if not there]
+
+
+def _read_config(folder: Path) -> Any:
+    """The folder's `ModelConfig`, with the end-of-sequence tokens of generation_config.json too."""
+    from jax_epmoe.models.families import read_config
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model is {str(folder)!r}; it should be a folder with a config.json")
+    config = read_config(folder)
+    return config.replace(eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *_eos_ids(folder)])))
+
+
+def _eos_ids(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{path}: eos_token_id is {ids!r}; it should be a token id or a list of them")
+    return ids
+
+
+def _recorder(args: argparse.Namespace, config: Any, folder: Path) -> Any:
+    """What `--expert-load` asks for, or None."""
+    from jax_epmoe.generate.expert_load import ExpertLoad
+
+    if args.expert_load is None:
+        return None
+    with open(args.expert_load, "ab"):  # told before anything runs, if it cannot be written
+        pass
+    return ExpertLoad.of(config, folder.resolve().name)
 
 
 def _make_engine(
-    args: argparse.Namespace, folder: Path, eos_token_ids: Sequence[int], show_progress: bool, tokenizer: Any | None
+    args: argparse.Namespace, folder: Path, eos_token_ids: Sequence[int], show_progress: bool, recorder: Any
 ) -> Any:
     from jax_epmoe.checkpoint import dummy_model, load_model
     from jax_epmoe.generate.engine import Engine
-    from jax_epmoe.generate.text import decode
     from jax_epmoe.mesh import make_mesh
 
     how = {
@@ -233,53 +289,8 @@ def _make_engine(
         context_length=args.context_length,
         eos_token_ids=eos_token_ids,
         kv_cache_dtype=args.kv_cache_dtype,
-        detokenize=None if tokenizer is None else partial(decode, tokenizer),
+        expert_load=recorder,
     )
-
-
-def _output(path: str | None) -> contextlib.AbstractContextManager[IO[str]]:
-    from jax_epmoe.generate.outputs import whole_file
-
-    return contextlib.nullcontext(sys.stdout) if path in (None, "-") else whole_file(str(path))
-
-
-@contextlib.contextmanager
-def _progress_bar(num_prompts: int, *, shown: bool) -> Iterator[Any]:
-    """A bar of output tokens on standard error; yields what `Engine.generate` reports to."""
-    from tqdm import tqdm
-
-    with tqdm(unit=" tokens", file=sys.stderr, disable=not shown) as bar:
-        finished = 0
-
-        def progress(tokens: int, requests: int) -> None:
-            nonlocal finished
-            finished += requests
-            bar.set_postfix_str(f"{finished}/{num_prompts} prompts", refresh=False)
-            bar.update(tokens)
-
-        yield progress
-
-
-def _write(
-    file: IO[str],
-    entries: Sequence[Any],
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Any],
-    tokenizer: Any | None,
-    *,
-    as_json: bool,
-) -> None:
-    from jax_epmoe.generate.outputs import Result, readable
-    from jax_epmoe.generate.text import completion_text
-
-    results = [
-        Result(entry, completion, completion_text(tokenizer, prompt, completion))
-        for entry, prompt, completion in zip(entries, prompts, completions, strict=True)
-    ]
-    if as_json:
-        file.writelines(f"{result.json()}\n" for result in results)
-    else:
-        print(readable(results), file=file)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How many rows each expert of each MoE layer got while a model ran: recorded over time, kept in one small file.
 
-    recorder = ExpertLoad.of(model)
+    recorder = ExpertLoad.of(model.config)
     Engine(model, expert_load=recorder).generate(prompts)
     recorder.save("load.npz")
 
@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-from jax_epmoe.config import require
+from jax_epmoe.config import ModelConfig, require
 
 FORMAT_VERSION = 1
 
@@ -63,9 +63,8 @@ class ExpertLoad:
         self._start: float | None = None
 
     @classmethod
-    def of(cls, model: Any, name: str = "model") -> Self:
-        """A recorder for a `Decoder`."""
-        config = model.config
+    def of(cls, config: ModelConfig, name: str = "model") -> Self:
+        """A recorder for a model of this `config`."""
         layers = [i for i, has_experts in enumerate(config.moe_layers) if has_experts]
         return cls(name, layers, config.moe.num_experts, config.moe.top_k)
 

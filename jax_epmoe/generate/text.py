@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_epmoe.generate.inputs import Entry
+from jax_epmoe.generate.entries import Entry
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -38,6 +38,7 @@ def encode(tokenizer: Any | None, entry: Entry, *, chat: bool) -> list[int]:
     """
     if entry.kind == "prompt_token_ids":
         return [*entry.content]
+    chat = entry.is_chat(chat)
     if entry.kind == "messages" and not chat:
         raise ValueError(f"{entry.name} holds messages; it should be a prompt, or --chat given")
     if tokenizer is None:
@@ -82,10 +83,8 @@ def decode(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> s
 
 
 def completion_text(tokenizer: Any | None, prompt: Sequence[int], completion: Any) -> str | None:
-    """What a completion says, without the token or string that stopped it; None without a tokenizer."""
+    """What a completion says, without the token that stopped it; None without a tokenizer."""
     if tokenizer is None:
         return None
-    ids, reason = completion.token_ids, completion.stop_reason
-    if isinstance(reason, str):
-        return decode(tokenizer, prompt, ids).partition(reason)[0]
+    ids = completion.token_ids
     return decode(tokenizer, prompt, ids[:-1] if completion.finish_reason == "stop" else ids)

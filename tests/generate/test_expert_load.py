@@ -69,7 +69,7 @@ def test_the_decoder_counts_real_tokens_and_counting_changes_nothing(small_decod
     config = model.config.moe
     assert load.shape == (1, config.num_experts)
     np.testing.assert_array_equal(np.sum(load, axis=1), (8 + 3) * config.top_k)
-    recorder = ExpertLoad.of(model)
+    recorder = ExpertLoad.of(model.config)
     assert (recorder.layers, recorder.shape, recorder.top_k) == ((1,), load.shape, config.top_k)
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from jax_epmoe.generate import Engine, cli
 from jax_epmoe.generate.inputs import read_entries
-from jax_epmoe.generate.outputs import whole_file
 from weights_convert import convert
 
 CHECKPOINTS = Path(__file__).parents[1] / "parity" / "checkpoints"
@@ -44,7 +43,7 @@ def quick(monkeypatch, hash_model):
     """The CLI with a model that needs no weights; returns the engines that were made."""
     engines = []
 
-    def make(args, folder, eos_token_ids, show_progress, tokenizer):
+    def make(args, folder, eos_token_ids, show_progress, recorder):
         engines.append(Engine(hash_model(vocab=269), eos_token_ids=eos_token_ids))
         return engines[-1]
 
@@ -132,7 +131,7 @@ def test_a_line_sets_its_own_sampling_and_its_other_keys_are_carried_through(mix
     )
     assert cli.main(["--model", str(mixtral), "--input", str(source), "--output", "-", "--max-new-tokens", "6"]) == 0
     first, second, third = records(capsys.readouterr().out)
-    assert list(first) == ["id", "text", "w", "token_ids", "finish_reason"]
+    assert list(first) == ["id", "text", "w", "token_ids", "finish_reason", "resume_key"]
     assert (first["id"], first["w"], len(first["token_ids"])) == ([1], None, 2)
     assert first["text"] != "old"
     assert first["token_ids"] == third["token_ids"][:2]
@@ -160,9 +159,9 @@ def test_stop_tokens_of_both_configs_and_the_command_line_end_a_text(mixtral, tm
 
 def test_a_chat_is_written_by_the_template_with_one_bos(mixtral, expected, tmp_path, monkeypatch, capsys, quick):
     seen = []
-    generate = Engine.generate
+    stream = Engine.stream
     monkeypatch.setattr(
-        Engine, "generate", lambda self, prompts, *a, **k: seen.extend(prompts) or generate(self, prompts, *a, **k)
+        Engine, "stream", lambda self, prompts, *a, **k: seen.extend(prompts) or stream(self, prompts, *a, **k)
     )
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"messages": json.loads(str(expected["chat_messages"]))}) + '\n{"prompt": "hi"}\n')
@@ -230,6 +229,10 @@ def test_a_bad_line_is_named_and_nothing_is_written(mixtral, tmp_path, capsys, l
         (["--input", "/"], "/: Is a directory"),
         (["--prompt", "a", "--output", "/nowhere/out.jsonl"], "/nowhere/"),
         (["--prompt", ""], "--prompt 1 is ''; it should be some text"),
+        (["--prompt", "a", "--resume"], "--resume is given; it should be given together with a file as --output"),
+        (["--prompt", "a", "--resume", "--output", "-"], "--resume is given"),
+        (["--prompt", "a", "--profile-seconds", "0"], "--profile-seconds is 0.0; it should be a positive number"),
+        (["--prompt", "a", "--expert-load", "/nowhere/load.npz"], "/nowhere/load.npz: No such file"),
     ],
 )
 def test_a_bad_argument_is_one_line(mixtral, capsys, args, message, quick, request):
@@ -275,7 +278,7 @@ def test_a_tokenizer_without_a_template_or_a_template_that_refuses_is_one_line(m
 
 
 def test_a_defect_keeps_its_traceback_and_leaves_no_file(mixtral, tmp_path, monkeypatch, quick):
-    monkeypatch.setattr(Engine, "generate", lambda *args, **kwargs: json.loads("{"))
+    monkeypatch.setattr(Engine, "stream", lambda *args, **kwargs: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting property name"):
         cli.main(["--model", str(mixtral), "--prompt", "a", "--output", str(tmp_path / "out.jsonl")])
     assert list(tmp_path.iterdir()) == []
@@ -285,7 +288,7 @@ def test_an_interrupt_is_told_and_leaves_no_file(mixtral, tmp_path, monkeypatch,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "generate", interrupt)
+    monkeypatch.setattr(Engine, "stream", interrupt)
     assert cli.main(["--model", str(mixtral), "--prompt", "a", "--output", str(tmp_path / "out.jsonl")]) == 130
     assert capsys.readouterr().err == "\nepmoe-generate: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -294,28 +297,11 @@ def test_an_interrupt_is_told_and_leaves_no_file(mixtral, tmp_path, monkeypatch,
 def test_only_the_first_process_writes(mixtral, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.setattr("jax.process_index", lambda *args: 1)
     args = ["--model", str(mixtral), "--prompt", "a", "--max-new-tokens", "2"]
-    monkeypatch.setattr(Engine, "generate", lambda *args, **kwargs: [])
+    monkeypatch.setattr(Engine, "stream", lambda *args, **kwargs: [])
     assert cli.main([*args, "--output", str(tmp_path / "out.jsonl")]) == 0
     assert cli.main(args) == 0
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_appears_whole_over_an_old_one_and_devices_stay(tmp_path):
-    target = tmp_path / "out.jsonl"
-    target.write_text("old")
-    with pytest.raises(UnicodeEncodeError), whole_file(str(target)) as file:
-        file.write("half\ud800")
-    assert target.read_text() == "old"
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    with whole_file(str(link)) as file:
-        file.write("new")
-        assert target.read_text() == "old"
-    assert (link.is_symlink(), target.read_text(), len(list(tmp_path.iterdir()))) == (True, "new", 2)
-    with whole_file(os.devnull) as file:
-        file.write("x")
-    assert not Path(os.devnull).is_file()
 
 
 def test_text_files_hold_a_prompt_a_line_whatever_they_begin_with(tmp_path):
@@ -334,7 +320,7 @@ from jax_epmoe.generate import Completion, Engine, cli
 from jax_epmoe.generate.stats import Stats
 class Quick:
     stats = Stats()
-    def generate(self, prompts, sampling, progress): return [Completion([67] * 100000, "length", 1)]
+    def stream(self, prompts, sampling, progress, indices): return [(0, Completion([67] * 100000, "length", 1))]
 cli._make_engine = lambda *args: Quick()
 sys.exit(cli.main(["--model", {str(mixtral)!r}, "--prompt", "a", "--output", "-"]))
 """
