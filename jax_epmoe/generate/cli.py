@@ -81,7 +81,8 @@ def _generate(args: argparse.Namespace) -> None:
         require(args.dp_size in (1, args.tp_size), "--dp-size", args.dp_size, wanted)
         args.dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
     is_file = args.output not in (None, "-") and not _is_device(args.output)
-    require(is_file or not args.resume, "--resume", "given", "given together with a file as --output")
+    if args.resume and not is_file:
+        raise ValueError("--resume needs a file as --output; it should be the one to go on with")
     require(args.profile_seconds > 0, "--profile-seconds", args.profile_seconds, "a positive number")
     folder = Path(args.model)
     config = _read_config(folder)
