@@ -4,13 +4,12 @@ That is the harness's own command line with the model `jax_epmoe` added to it; i
 `pip install 'jax_epmoe[eval]'`; no torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jax_epmoe.config import require
@@ -48,8 +47,8 @@ class EPMoELM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_tokens: int = 16384,
-        batch_size: int | str | None = None,
         max_batch_size: int = 64,
+        batch_size: int | str | None = None,
         device: str | None = None,
     ):
         """
@@ -59,9 +58,8 @@ class EPMoELM(TemplateLM):
           max_length: the most positions of a request; by default, and at most, the model's. Longer contexts lose their beginning.
           max_gen_toks: of `generate_until`, where a task does not say it.
           batch_tokens: how many positions a call of the decoder reads when scoring.
-          batch_size: the most sequences of such a call; "auto" and None leave it to `batch_tokens`.
           max_batch_size: sequences that `generate_until` runs together.
-          device: what the harness passes; the mesh decides.
+          batch_size, device: what the harness passes (1, unless told), without effect: `batch_tokens` and the mesh decide.
 
         Raises:
           ValueError: an argument out of its range, or a folder without a tokenizer.
@@ -87,8 +85,7 @@ class EPMoELM(TemplateLM):
         require(
             0 < self.max_gen_toks < self.max_length, "max_gen_toks", max_gen_toks, f"from 1 to {self.max_length - 1}"
         )
-        rows = {} if batch_size in (None, "auto") else {"max_batch_size": int(batch_size)}
-        self._scorer = Scorer(self._model, batch_tokens=int(batch_tokens), **rows)
+        self._scorer = Scorer(self._model, batch_tokens=int(batch_tokens))
         self._engine: Engine | None = None
         self._max_batch_size = int(max_batch_size)
         self._name = folder.resolve().name
@@ -148,8 +145,7 @@ class EPMoELM(TemplateLM):
         counts = []
         for request in requests:
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
-            new = [(None, *make_disjoint_window(part)) for part in parts]
+            new = [(None, *window) for window in rolling_windows(tokens, self.prefix_token_id, self.max_length)]
             windows += new
             counts.append(len(new))
         scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
@@ -197,6 +193,18 @@ class EPMoELM(TemplateLM):
         prompt = self.tok_encode(context)[-(self.max_length - length) :]
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         return prompt, SamplingParams(max_new_tokens=length, **values), stops
+
+
+def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Contexts and continuations that predict each token once, and read at most `length`: the first after `prefix`, the others,
+    the last and shorter one too, after as many tokens as there is room for, of those before.
+
+        rolling_windows([5, 6, 7, 8, 9], prefix=0, length=3) -> ([0], [5, 6, 7]), ([6, 7], [8, 9])
+    """
+    for start in range(0, len(tokens), length):
+        end = min(start + length, len(tokens))
+        context = [prefix] if start == 0 else tokens[end - length - 1 : start]
+        yield list(context), list(tokens[start:end])
 
 
 def _before(text: str, stops: Iterable[str]) -> str:
