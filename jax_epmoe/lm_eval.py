@@ -4,7 +4,8 @@ That is the harness's own command line with the model `jax_epmoe` added to it; i
 `pip install 'jax_epmoe[eval]'`; no torch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax_epmoe.config import require
 from jax_epmoe.generate.engine import Engine
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scoring import Scorer
-from jax_epmoe.generate.text import completion_text, load_tokenizer
+from jax_epmoe.generate.text import completion_text, decode, load_tokenizer
 
 # What a task may say of generation, and which of our parameters that is.
 _SAMPLING = {
@@ -47,7 +48,7 @@ class EPMoELM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_tokens: int = 16384,
-        max_batch_size: int = 64,
+        max_batch_size: int = 256,
         batch_size: int | str | None = None,
         device: str | None = None,
     ):
@@ -158,20 +159,24 @@ class EPMoELM(TemplateLM):
         """Texts up to, and without, the first of a request's stop strings."""
         asked = [self._generation(*request.args) for request in requests]
         if self._engine is None:
-            self._engine = Engine(self._model, max_batch_size=self._max_batch_size, context_length=self.max_length)
-        prompts, sampling = [prompt for prompt, _, _ in asked], [params for _, params, _ in asked]
+            self._engine = Engine(
+                self._model,
+                max_batch_size=self._max_batch_size,
+                context_length=self.max_length,
+                detokenize=partial(decode, self.tokenizer),
+            )
+        prompts, sampling = [prompt for prompt, _ in asked], [params for _, params in asked]
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for i, completion in self._engine.stream(prompts, sampling):
-                text = completion_text(self.tokenizer, prompts[i], completion) or ""
-                texts[i] = _before(text, asked[i][2])
+                texts[i] = completion_text(self.tokenizer, prompts[i], completion) or ""
                 bar.update(1)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _generation(self, context: str, said: dict[str, Any]) -> tuple[list[int], SamplingParams, list[str]]:
-        """A request's prompt, parameters and stop strings."""
+    def _generation(self, context: str, said: dict[str, Any]) -> tuple[list[int], SamplingParams]:
+        """A request's prompt and parameters."""
         said = dict(said)
         until = said.pop("until", None) or []
         lengths = [said.pop(name) for name in _LENGTHS if name in said]
@@ -192,7 +197,7 @@ class EPMoELM(TemplateLM):
         )
         prompt = self.tok_encode(context)[-(self.max_length - length) :]
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        return prompt, SamplingParams(max_new_tokens=length, **values), stops
+        return prompt, SamplingParams(max_new_tokens=length, stop=tuple(stops), **values)
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -205,11 +210,6 @@ def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator
         end = min(start + length, len(tokens))
         context = [prefix] if start == 0 else tokens[end - length - 1 : start]
         yield list(context), list(tokens[start:end])
-
-
-def _before(text: str, stops: Iterable[str]) -> str:
-    """`text` up to the first of `stops`."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 if __name__ == "__main__":

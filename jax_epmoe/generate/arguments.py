@@ -106,10 +106,22 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="0, the default, is all tokens")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1, the default, is all tokens")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0, the default, is all tokens")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1, the default, is none")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence tokens")
     group.add_argument(
         "--stop-token-ids", type=_token_ids, default=[], metavar="1,2,3", help="stop at these too, --ignore-eos or not"
+    )
+
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a string that ends a text; may be repeated"
+    )
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="tell each token's log-probability, and those of the N likeliest (0 to 20)",
     )
 
     group = parser.add_argument_group("seeing it")
@@ -125,10 +137,42 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("batches")
     group.add_argument(
-        "--max-batch-size", type=int, default=32, metavar="N", help="sequences run together (default 32)"
+        "--max-batch-size",
+        "--max-running-requests",
+        type=int,
+        default=256,
+        metavar="N",
+        help="sequences run together, or as many as the memory holds (default 256)",
     )
     group.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of each prompt a prefill call (default 512)"
+        "--prefill-chunk",
+        "--chunked-prefill-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of each prompt a prefill call (default 512)",
+    )
+    group.add_argument(
+        "--max-prefill-tokens", type=int, default=8192, metavar="N", help="of all prompts a prefill call (default 8192)"
+    )
+    group.add_argument(
+        "--num-continuous-decode-steps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="tokens of each sequence a decode call (default 4)",
+    )
+    group.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        default=0.85,
+        metavar="F",
+        help="of a device's memory, for weights and cache (default 0.85)",
+    )
+    group.add_argument(
+        "--disable-radix-cache",
+        action="store_true",
+        help="compute what prompts share at their beginning for each of them",
     )
     group.add_argument(
         "--context-length",

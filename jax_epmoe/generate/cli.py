@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jax_epmoe.command_line import refuse
 from jax_epmoe.generate.arguments import PROGRAM, make_parser
+
+# Of the engine's arguments, those that the command line calls by the same names.
+_SIZES = ("max_batch_size", "prefill_chunk", "max_prefill_tokens", "num_continuous_decode_steps", "context_length")
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -69,12 +73,13 @@ def _generate(args: argparse.Namespace) -> None:
     from jax_epmoe.config import require
     from jax_epmoe.generate import text
     from jax_epmoe.generate.batching import check_sizes
+    from jax_epmoe.generate.entries import SAMPLING_KEYS
     from jax_epmoe.generate.outputs import Result
     from jax_epmoe.generate.sampling import SamplingParams
     from jax_epmoe.generate.watching import profile, progress_bar, run_kernels_one_by_one, saved
     from jax_epmoe.mesh import initialize_distributed, split_cpu
 
-    default = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
+    default = SamplingParams(**{name: value for name, value in vars(args).items() if name in SAMPLING_KEYS})
     lines = _lines(args)
     if args.enable_dp_attention:
         wanted = f"{args.tp_size}, as tp_size, or left out with --enable-dp-attention"
@@ -86,8 +91,7 @@ def _generate(args: argparse.Namespace) -> None:
     require(args.profile_seconds > 0, "--profile-seconds", args.profile_seconds, "a positive number")
     folder = Path(args.model)
     config = _read_config(folder)
-    sizes = {name: getattr(args, name) for name in ("max_batch_size", "prefill_chunk", "context_length")}
-    context_length = check_sizes(config, **sizes)
+    context_length = check_sizes(config, **{name: getattr(args, name) for name in _SIZES})
     tokenizer = text.load_tokenizer(folder)
     if args.chat:
         text.check_chat_template(tokenizer)
@@ -110,7 +114,7 @@ def _generate(args: argparse.Namespace) -> None:
             return
         show_progress = is_first and not args.no_progress and sys.stderr.isatty()
         recorder = _recorder(args, config, folder)
-        engine = _make_engine(args, folder, config.eos_token_ids, show_progress, recorder)
+        engine = _make_engine(args, folder, config.eos_token_ids, show_progress, tokenizer, recorder)
         prompts, sampling = [task.prompt for task in tasks], [task.params for task in tasks]
         indices = [task.place for task in tasks]  # a resumed run draws what it would have drawn
         name = folder.resolve().name
@@ -124,7 +128,7 @@ def _generate(args: argparse.Namespace) -> None:
                 close(task.limit, len(completion.token_ids))
                 if is_first:
                     said = text.completion_text(tokenizer, task.prompt, completion)
-                    output.add(task.place, Result(task.entry, task.key, completion, said, name))
+                    output.add(task.place, Result(task.entry, task.key, completion, said, name, tokenizer))
         finished = True
         if is_first:
             print(engine.stats.summary(), file=sys.stderr)
@@ -175,6 +179,10 @@ def _tasks(
             raise ValueError(f"{name}: custom_id is {entry.custom_id!r}, as of {earlier}; it should be the line's own")
         params = entry.params(default)
         prompt = text.encode(tokenizer, entry, chat=args.chat)
+        if params.stop and tokenizer is None:
+            raise ValueError(
+                f"{name}: stop is {params.stop!r}; it should be empty where the model's folder has no tokenizer"
+            )
         check_prompts([prompt], vocab_size=vocab_size, context_length=context_length, names=[name])
         limit = min(params.max_new_tokens, context_length - len(prompt))
         return _Task(place, entry, params, prompt, resume_key(entry, place, params, chat=args.chat), limit)
@@ -267,10 +275,16 @@ def _recorder(args: argparse.Namespace, config: Any, folder: Path) -> Any:
 
 
 def _make_engine(
-    args: argparse.Namespace, folder: Path, eos_token_ids: Sequence[int], show_progress: bool, recorder: Any
+    args: argparse.Namespace,
+    folder: Path,
+    eos_token_ids: Sequence[int],
+    show_progress: bool,
+    tokenizer: Any | None,
+    recorder: Any | None,
 ) -> Any:
     from jax_epmoe.checkpoint import dummy_model, load_model
     from jax_epmoe.generate.engine import Engine
+    from jax_epmoe.generate.text import decode
     from jax_epmoe.mesh import make_mesh
 
     how = {
@@ -285,11 +299,12 @@ def _make_engine(
         model = load_model(folder, progress=show_progress, **how)
     return Engine(
         model,
-        max_batch_size=args.max_batch_size,
-        prefill_chunk=args.prefill_chunk,
-        context_length=args.context_length,
+        **{name: getattr(args, name) for name in _SIZES},
         eos_token_ids=eos_token_ids,
         kv_cache_dtype=args.kv_cache_dtype,
+        prefix_cache=not args.disable_radix_cache,
+        mem_fraction_static=args.mem_fraction_static,
+        detokenize=None if tokenizer is None else partial(decode, tokenizer),
         expert_load=recorder,
     )
 

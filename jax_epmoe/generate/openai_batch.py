@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from jax_epmoe.config import require
-from jax_epmoe.generate.entries import CHECKS, SAMPLING_KEYS, Entry, shortened
+from jax_epmoe.generate.entries import CHECKS, Entry, shortened
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -53,8 +53,12 @@ def parse_batch_line(name: str, record: dict[str, Any]) -> Entry:
     CHECKS[kind](f"{name}: {'messages' if url == CHAT else 'prompt'}", content)
     sampling: dict[str, Any] = {}
     for key, ours in _SAMPLING.items():
-        if ours in SAMPLING_KEYS and body.get(key) is not None:
+        if body.get(key) is not None:
             sampling[ours] = body.pop(key)
+    # A chat says whether, and in another key how many; a completion how many.
+    asked, count = body.pop("logprobs", None), body.pop("top_logprobs", None)
+    if asked is not None and asked is not False:
+        sampling["logprobs"] = (count or 0) if asked is True else asked
     model = body.get("model")
     for key, value in body.items():
         if key not in _LABELS and value and not (key in ("n", "best_of") and value == 1):
@@ -78,10 +82,13 @@ def _texts(name: str, messages: Any) -> Any:
     return plain
 
 
-def response(entry: Entry, key: str, text: str | None, completion: Any, model: str) -> dict[str, Any]:
+def response(
+    entry: Entry, key: str, text: str | None, completion: Any, model: str, tokenizer: Any | None = None
+) -> dict[str, Any]:
     """The line that answers `entry`; `key` is its `resume_key`, and `model` its name where the request told none."""
     is_chat = entry.kind == "messages"
-    choice: dict[str, Any] = {"index": 0, "finish_reason": completion.finish_reason, "logprobs": None}
+    logprobs = None if completion.logprobs is None else _logprobs(completion, tokenizer, is_chat=is_chat)
+    choice: dict[str, Any] = {"index": 0, "finish_reason": completion.finish_reason, "logprobs": logprobs}
     choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
     if text is None:
         choice["token_ids"] = completion.token_ids  # as vLLM calls them
@@ -109,3 +116,31 @@ def response(entry: Entry, key: str, text: str | None, completion: Any, model: s
         },
         "error": None,
     }
+
+
+def _logprobs(completion: Any, tokenizer: Any | None, *, is_chat: bool) -> dict[str, Any]:
+    """Each token's log-probability and those of the likeliest ones, in the form of a chat or of a completion."""
+
+    def name(token: int) -> str:
+        return f"token_id:{token}" if tokenizer is None else tokenizer.decode([token])
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": name(token), "logprob": logprob, "bytes": list(name(token).encode())}
+
+    each = list(zip(completion.token_ids, completion.logprobs, strict=True))
+    if is_chat:
+        return {
+            "content": [
+                {**told(token, top[token]), "top_logprobs": [told(*pair) for pair in _likeliest(top)]}
+                for token, top in each
+            ]
+        }
+    return {
+        "tokens": [name(token) for token, _ in each],
+        "token_logprobs": [top[token] for token, top in each],
+        "top_logprobs": [{name(other): logprob for other, logprob in _likeliest(top)} for _, top in each],
+    }
+
+
+def _likeliest(top: dict[int, float]) -> list[tuple[int, float]]:
+    return sorted(top.items(), key=lambda pair: -pair[1])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from jax_epmoe.config import require
 from jax_epmoe.generate.engine import Completion
@@ -19,28 +19,30 @@ RESUME_KEY = "resume_key"
 
 @dataclass(frozen=True)
 class Result:
-    """An entry and what it got; `text` is None without a tokenizer, `key` the entry's `resume_key`, `model` the model's name."""
+    """An entry and what it got; `text` is None without a `tokenizer`, `key` the entry's `resume_key`, `model` the model's name."""
 
     entry: Entry
     key: str
     completion: Completion
     text: str | None
     model: str
+    tokenizer: Any | None = None
 
     def json(self) -> str:
         """One line: OpenAI's response to its batch format; else the entry's extra keys, then `text`, `token_ids`,
-        `finish_reason` and `resume_key`."""
+        `finish_reason`, `logprobs` if they were asked for, and `resume_key`."""
         if self.entry.custom_id is not None:
-            return json.dumps(
-                response(self.entry, self.key, self.text, self.completion, self.model), ensure_ascii=False
-            )
+            answer = response(self.entry, self.key, self.text, self.completion, self.model, self.tokenizer)
+            return json.dumps(answer, ensure_ascii=False)
         record = {
             **self.entry.extra,
             "text": self.text,
             "token_ids": self.completion.token_ids,
             "finish_reason": self.completion.finish_reason,
-            RESUME_KEY: self.key,
         }
+        if self.completion.logprobs is not None:
+            record["logprobs"] = self.completion.logprobs
+        record[RESUME_KEY] = self.key
         return json.dumps(record, ensure_ascii=False)
 
     def readable(self) -> str:

@@ -83,8 +83,10 @@ def decode(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> s
 
 
 def completion_text(tokenizer: Any | None, prompt: Sequence[int], completion: Any) -> str | None:
-    """What a completion says, without the token that stopped it; None without a tokenizer."""
+    """What a completion says, without the token or string that stopped it; None without a tokenizer."""
     if tokenizer is None:
         return None
-    ids = completion.token_ids
+    ids, reason = completion.token_ids, completion.stop_reason
+    if isinstance(reason, str):
+        return decode(tokenizer, prompt, ids).partition(reason)[0]
     return decode(tokenizer, prompt, ids[:-1] if completion.finish_reason == "stop" else ids)

@@ -43,7 +43,7 @@ def quick(monkeypatch, hash_model):
     """The CLI with a model that needs no weights; returns the engines that were made."""
     engines = []
 
-    def make(args, folder, eos_token_ids, show_progress, recorder):
+    def make(args, folder, eos_token_ids, show_progress, tokenizer, recorder):
         engines.append(Engine(hash_model(vocab=269), eos_token_ids=eos_token_ids))
         return engines[-1]
 
