@@ -11,7 +11,7 @@ import jax
 Interval = tuple[float, float]  # start and end, nanoseconds
 
 # The engine's programs by what XLA calls their modules.
-_PHASES = {"jit_prefill": "prefill", "jit_decode": "decode"}
+_PHASES = {"jit__prefill": "prefill", "jit__decode": "decode"}
 OTHER = "other"
 
 

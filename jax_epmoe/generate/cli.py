@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +73,7 @@ def _generate(args: argparse.Namespace) -> None:
     from jax_epmoe.generate import text
     from jax_epmoe.generate.batching import check_sizes
     from jax_epmoe.generate.entries import SAMPLING_KEYS
+    from jax_epmoe.generate.llm import read_generation_config
     from jax_epmoe.generate.outputs import Result
     from jax_epmoe.generate.sampling import SamplingParams
     from jax_epmoe.generate.watching import profile, progress_bar, run_kernels_one_by_one, saved
@@ -90,7 +90,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs a file as --output; it should be the one to go on with")
     require(args.profile_seconds > 0, "--profile-seconds", args.profile_seconds, "a positive number")
     folder = Path(args.model)
-    config = _read_config(folder)
+    config = read_generation_config(folder, "--model")
     context_length = check_sizes(config, **{name: getattr(args, name) for name in _SIZES})
     tokenizer = text.load_tokenizer(folder)
     if args.chat:
@@ -237,30 +237,6 @@ def _remaining(tasks: list[_Task], done: frozenset[int]) -> list[_Task]:
 
         is_done = np.asarray(multihost_utils.broadcast_one_to_all(is_done))
     return [task for task, there in zip(tasks, is_done, strict=True) if not there]
-
-
-def _read_config(folder: Path) -> Any:
-    """The folder's `ModelConfig`, with the end-of-sequence tokens of generation_config.json too."""
-    from jax_epmoe.models.families import read_config
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model is {str(folder)!r}; it should be a folder with a config.json")
-    config = read_config(folder)
-    return config.replace(eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *_eos_ids(folder)])))
-
-
-def _eos_ids(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {ids!r}; it should be a token id or a list of them")
-    return ids
 
 
 def _recorder(args: argparse.Namespace, config: Any, folder: Path) -> Any:

@@ -11,7 +11,7 @@ from jax_epmoe.checkpoint import dummy_model, load_model
 from jax_epmoe.config import ModelConfig, require
 from jax_epmoe.generate import text
 from jax_epmoe.generate.engine import Completion, Engine, Progress
-from jax_epmoe.generate.inputs import Entry
+from jax_epmoe.generate.entries import Entry
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scheduler import FinishReason
 from jax_epmoe.mesh import make_mesh
