@@ -74,9 +74,15 @@ def write(path, records):
 
 
 def prompts(count):
-    """Prompts of many lengths; every other one is sampled."""
+    """Prompts of many lengths; every other one is sampled, and the first gets more tokens than the others."""
     return [
-        {"prompt_token_ids": list(range(1, 2 + i * 7 % 23)), "id": i, "temperature": 1.5 * (i % 2), "seed": i // 5}
+        {
+            "prompt_token_ids": [i, *range(1, 2 + i * 7 % 13)],
+            "id": i,
+            "temperature": 1.5 * (i % 2),
+            "seed": i // 5,
+            "max_new_tokens": 5 if i else 14,
+        }
         for i in range(count)
     ]
 
@@ -126,7 +132,7 @@ def test_an_output_that_is_there_is_neither_overwritten_nor_mixed_with_others(tm
     run(source, target)
     before = target.read_bytes()
     assert "which is there; it should be a new file, or --resume given" in error_of(capsys, source, target)
-    for change in ({"max_new_tokens": 6}, {"prompt_token_ids": [5]}):
+    for change in ({"seed": 9, "top_k": 3}, {"prompt_token_ids": [5]}):
         write(source, [{**record, **change} for record in prompts(3)])
         told = error_of(capsys, source, target, "--resume")
         assert told.startswith(f"--resume: {target} line 1 is 'resume_key 0-")
@@ -221,10 +227,21 @@ def test_openais_batch_lines_get_openais_responses(tmp_path, quick):
     source = write(
         tmp_path / "in.jsonl",
         [
-            batch_line("chat", "/v1/chat/completions", messages=chat, max_completion_tokens=3, model="m", n=1),
-            batch_line("text", prompt="hi", max_tokens=2, temperature=0, top_p=None, logit_bias={}, stream=False),
+            batch_line(
+                "chat",
+                "/v1/chat/completions",
+                messages=chat,
+                max_completion_tokens=3,
+                model="m",
+                n=1,
+                logprobs=True,
+                top_logprobs=2,
+            ),
+            batch_line(
+                "text", prompt="hi", max_tokens=2, temperature=0, top_p=None, logit_bias={}, stream=False, logprobs=1
+            ),
             batch_line("ids", prompt=[1, 2, 3], seed=7, temperature=1.0, user="u", ignore_eos=True),
-            {"prompt": "plain", "id": 3},
+            {"prompt": "plain", "id": 3, "logprobs": 0},
         ],
     )
     target = tmp_path / "out.jsonl"
@@ -238,13 +255,24 @@ def test_openais_batch_lines_get_openais_responses(tmp_path, quick):
     assert (body["object"], body["model"], choice["finish_reason"]) == ("chat.completion", "m", "length")
     assert choice["message"]["role"] == "assistant"
     assert isinstance(choice["message"]["content"], str)
+    told = choice["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in told] == [2] * 3
+    for token in told:  # greedy: each is the likeliest
+        assert token["top_logprobs"][0] == {key: token[key] for key in ("token", "logprob", "bytes")}
+        assert bytes(token["bytes"]).decode() == token["token"]
+        assert token["logprob"] > token["top_logprobs"][1]["logprob"]
     assert body["usage"]["completion_tokens"] == 3
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 3
     body = text["response"]["body"]
     assert (body["object"], body["model"], body["usage"]["completion_tokens"]) == ("text_completion", "mixtral", 2)
     assert isinstance(body["choices"][0]["text"], str)
+    told = body["choices"][0]["logprobs"]
+    assert [len(told[key]) for key in ("tokens", "token_logprobs", "top_logprobs")] == [2, 2, 2]
+    assert told["top_logprobs"] == [{t: p} for t, p in zip(told["tokens"], told["token_logprobs"], strict=True)]
+    assert ids["response"]["body"]["choices"][0]["logprobs"] is None
     assert ids["response"]["body"]["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     assert plain["id"] == 3
+    assert [list(map(int, token)) for token in plain["logprobs"]] == [[token] for token in plain["token_ids"]]
     lines = target.read_text().splitlines(keepends=True)
     target.write_text("".join(lines[::2]))
     run(source, target, "--resume", tokenizer=True)
