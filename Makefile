@@ -33,7 +33,7 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python -m bench.generate
+	$(BIN)/python -m bench.offline_throughput
 
 clean:
 	rm -rf $(VENV) build *.egg-info
