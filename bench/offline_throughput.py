@@ -55,6 +55,7 @@ CPU_DEFAULTS = {
 
 def main() -> int:
     args = _arguments()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # before JAX sees a GPU
     try:
         _fill(args)
         result = run(args)
@@ -157,7 +158,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         how = {"dtype": args.dtype, "batch_size": args.peer_batch_size, "seconds": args.peer_time_limit}
         peers = transformers_peer.ask(args.model, some, **how)
     # From here on JAX has the devices.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     from bench.environment import environment, result_path
     from bench.roofline import save
 
