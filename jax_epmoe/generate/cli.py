@@ -109,8 +109,9 @@ def _generate(args: argparse.Namespace) -> None:
     try:
         tasks = _remaining(tasks, output.places)
         if not tasks:
-            print(f"{PROGRAM}: all {output.done} prompts are in {args.output} already", file=sys.stderr)
             finished = True
+            if is_first:
+                print(f"{PROGRAM}: all {output.done} answers are in {args.output} already", file=sys.stderr)
             return
         show_progress = is_first and not args.no_progress and sys.stderr.isatty()
         recorder = _recorder(args, config, folder)
@@ -174,8 +175,8 @@ def _tasks(
 
     def check(place: int, parse: Any, name: str, line: Any) -> _Task:
         entry = parse(name, line)
-        earlier = custom_ids.setdefault(entry.custom_id or name, name)
-        if earlier != name:
+        if entry.custom_id is not None and custom_ids.setdefault(entry.custom_id, name) != name:
+            earlier = custom_ids[entry.custom_id]
             raise ValueError(f"{name}: custom_id is {entry.custom_id!r}, as of {earlier}; it should be the line's own")
         params = entry.params(default)
         prompt = text.encode(tokenizer, entry, chat=args.chat)

@@ -72,7 +72,7 @@ def parse_json(name: str, line: str) -> Entry:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
-    if isinstance(record, dict) and "body" in record:
+    if isinstance(record, dict) and {"custom_id", "body"} <= record.keys():
         return parse_batch_line(name, record)
     found = [kind for kind in KINDS if isinstance(record, dict) and kind in record]
     expected = f"a JSON object with one of {', '.join(KINDS)}, or a custom_id and a body"

@@ -124,7 +124,7 @@ def test_a_finished_file_is_left_alone_and_no_model_is_loaded(tmp_path, quick, m
     monkeypatch.setattr(cli, "_make_engine", None)
     run(source, target, "--resume")
     assert target.read_bytes() == before
-    assert "all 3 prompts are in" in capsys.readouterr().err
+    assert "all 3 answers are in" in capsys.readouterr().err
 
 
 def test_an_output_that_is_there_is_neither_overwritten_nor_mixed_with_others(tmp_path, quick, capsys):
