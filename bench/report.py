@@ -102,15 +102,16 @@ def plot(recorded: Recorded, path: Path) -> None:
     windows, layers, experts = rows.shape
     total = rows.sum(axis=0)
     shares = total / np.maximum(total.mean(axis=1, keepdims=True), 1e-9)  # [L, E]
-    height = max(2.5, min(8.0, 0.16 * layers + 1))
+    height = max(4.0, min(8.0, 0.16 * layers + 1))
     figure, ((heat, bars), (over_time, empty)) = pyplot.subplots(
         2, 2, figsize=(12, 1.4 * height), width_ratios=(4, 1), height_ratios=(2, 1.2), layout="constrained"
     )
     empty.set_visible(False)
-    # Experts that get nothing are as dark as a hundredth of an even share.
-    norm = matplotlib.colors.LogNorm(max(shares[shares > 0].min(), 1e-2), shares.max())
+    # On a logarithmic scale experts that get nothing are as dark as a hundredth of an even share.
+    low, high = max(shares.min(), 1e-2), shares.max()
+    norm = (matplotlib.colors.LogNorm if high > 10 * low else matplotlib.colors.Normalize)(low, high)
     place = {"aspect": "auto", "interpolation": "nearest", "cmap": "magma"}
-    image = heat.imshow(np.maximum(shares, norm.vmin), norm=norm, **place)
+    image = heat.imshow(np.maximum(shares, low), norm=norm, **place)
     figure.colorbar(image, ax=heat, label="rows / an even share", location="left")
     heat.set(xlabel="expert", ylabel="layer")
     ticks = np.unique(np.linspace(0, layers - 1, min(layers, 16)).astype(int))
@@ -121,7 +122,11 @@ def plot(recorded: Recorded, path: Path) -> None:
     bars.axvline(1, color="black", linewidth=1)
     bars.set(ylim=(layers - 0.5, -0.5), yticks=[], xlabel="busiest expert / mean", xlim=(0, None))
     figure.legend(fontsize=8, loc="outside upper right")
-    image = over_time.imshow(imbalance(rows).T, extent=(0, windows, layers - 0.5, -0.5), **place)
+    each = np.where(rows.any(axis=-1), imbalance(rows), np.nan).T  # [L, W]
+    # Steps of few tokens, as at a run's end, would make all others look alike.
+    filled = rows.sum(axis=(1, 2))
+    most = np.nanmax(each[:, filled >= 0.5 * np.median(filled)])
+    image = over_time.imshow(each, vmax=most, extent=(0, windows, layers - 0.5, -0.5), **place)
     steps = recorded.first_step[1] if windows > 1 else 1
     over_time.set(xlabel="step" if steps == 1 else f"window of {steps} steps", ylabel="layer")
     figure.colorbar(image, ax=over_time, label="busiest expert / mean", location="left")

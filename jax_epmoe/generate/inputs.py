@@ -80,5 +80,5 @@ def parse_json(name: str, line: str) -> Entry:
     kind = found[0]
     content = record.pop(kind)
     CHECKS[kind](f"{name}: {kind}", content)
-    sampling = {key: record.pop(key) for key in SAMPLING_KEYS & record.keys()}
+    sampling = {key: record.pop(key) for key in (SAMPLING_KEYS | {"max_tokens"}) & record.keys()}
     return Entry(name, content, kind, sampling, record)
