@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HashModel
+from hash_model import HashModel
 
 from jax_epmoe import make_mesh
 from jax_epmoe.generate import Completion, Engine, cli
@@ -19,10 +19,10 @@ from jax_epmoe.generate.inputs import read_entries
 
 MODEL = Path(__file__).parents[1] / "parity" / "checkpoints" / "mixtral"
 
-# The CLI with the model of conftest.py, in a process of its own; after each completion it waits.
+# The CLI with the model of hash_model.py, in a process of its own; after each completion it waits.
 PROGRAM = """
 import sys, time
-from conftest import HashModel
+from hash_model import HashModel
 from jax_epmoe import make_mesh
 from jax_epmoe.generate import Engine, cli
 class Slow(Engine):
