@@ -213,7 +213,7 @@ def test_the_rows_of_each_expert_are_told_of_every_step(hash_model):
 
 def test_what_is_left_of_a_list_gets_the_draws_that_it_would_have_had(hash_model):
     wild = SamplingParams(temperature=3.0, max_new_tokens=8)
-    engine = Engine(hash_model())
+    engine = Engine(hash_model(), max_batch_size=1, prefill_chunk=16)
     whole = engine.generate(PROMPTS, wild)
     assert engine.generate(PROMPTS[2:4], wild, indices=[2, 3]) == whole[2:4]
     with pytest.raises(ValueError, match=r"^number of indices is 1; it should be 2, one a prompt$"):
