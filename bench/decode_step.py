@@ -143,7 +143,7 @@ def measure(folder: Path, batch_size: int, context: int, steps: int, copy_gbs: f
         timed[name] /= steps
     parts = {name: us / steps for name, us in timed["parts"].items()}
     kernels = [{**kernel, "us": kernel["us"] / steps} for kernel in timed["kernels"]]
-    used = used_experts(model, step.slots.token)
+    used = used_experts(model, step)
     weight_bytes = weight_bytes_read(model, used, batch_size)
     cache_bytes = cache_bytes_read(step.cache, step.start)
     return {
@@ -162,11 +162,14 @@ def measure(folder: Path, batch_size: int, context: int, steps: int, copy_gbs: f
     }
 
 
-def used_experts(model: Decoder, tokens: jax.Array) -> np.ndarray:
-    """How many experts of each MoE layer these tokens `[B]` choose, each as a sequence of its own."""
+def used_experts(model: Decoder, step: Step) -> np.ndarray:
+    """How many experts of each MoE layer the step after the last one reads."""
     graphdef, state = nnx.split(model)
-    load = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).with_load(tokens)[1])(state, tokens[:, None])
-    return np.count_nonzero(np.asarray(load), axis=1)
+
+    def loads(state: Any, cache: Any, slots: Slots) -> jax.Array:
+        return nnx.merge(graphdef, state).hidden_with_load(slots.token[:, None], slots.length, cache, None)[2]
+
+    return np.count_nonzero(np.asarray(jax.jit(loads)(state, step.cache, step.slots)), axis=1)
 
 
 def weight_bytes_read(model: Decoder, used: np.ndarray, batch_size: int) -> int:
