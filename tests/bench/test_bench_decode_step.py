@@ -86,7 +86,7 @@ def test_a_run_measures_the_engines_own_step(folder, monkeypatch, tmp_path, caps
     assert printed.splitlines()[-1] == f"wrote {output}"
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_sequence_runs_in_every_step_that_is_measured(folder, steps):
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="float32")
     step = decode_step.Step(model, 4, 128, steps)

@@ -111,7 +111,8 @@ def test_a_run_writes_right_numbers_and_says_what_failed(tiny, monkeypatch, tmp_
     assert f"wrote {output}" in printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize("quantize", ["fp8-block", pytest.param("fp8-channel", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["fp8-block", "fp8-channel"])
 def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
     monkeypatch.setitem(roofline.MODELS, "tiny", roofline.Model(384, 128, 4, 2))
     output = tmp_path / "result.json"

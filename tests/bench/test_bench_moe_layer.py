@@ -95,12 +95,9 @@ def test_ranks_add_up_to_the_layer_and_run_as_it_runs(layout, tiny, monkeypatch)
 def _recorded(seen, run_experts):
     """`run_experts` that notes the sizes and settings of each call that is traced, but for the backend."""
 
-    def recorded(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows):
-        settings = (activation, chunk_rows, expected_rows)
-        seen.append((w_gate_up.shape, w_down.shape, base.shape, base.dtype, *settings))
-        return run_experts(
-            tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows
-        )
+    def recorded(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, *settings):
+        seen.append((w_gate_up.shape, w_down.shape, base.shape, base.dtype, activation, *settings[:2]))
+        return run_experts(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, *settings)
 
     return recorded
 

@@ -75,9 +75,7 @@ def test_perplexity_is_within_one_percent(converted, perplexity):
     assert all(ratio != 1 for ratio in ratios.values()), ratios
 
 
-@pytest.mark.parametrize(
-    "name", ["fp8-block", "static", *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS[1:])]
-)
+@pytest.mark.parametrize("name", ["static", *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS)])
 def test_epmoe_generate_writes_in_every_format(converted, static, name, capsys):
     folder = static if name == "static" else converted[name]
     arguments = ["--model", str(folder), "--dtype", "float32", "--tp-size", "2", "--ep-size", "2", "--output", "-"]

@@ -299,6 +299,8 @@ def decoder(attention, *, context=128, dp_attention=False, **sizes) -> Decoder:
     return model
 
 
+# tests/parity has two of the real families in the engine, in `make test`.
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [GQA, MLA], ids=["gqa", "mla"])
 def test_a_decoder_says_the_same_alone_batched_chunked_and_split(attention):
     long = [n % 61 for n in range(40)]

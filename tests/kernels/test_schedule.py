@@ -76,15 +76,20 @@ CROWDED = {
 WORKS = pytest.mark.parametrize("work", [DECODE, PREFILL, CROWDED], ids=["decode", "prefill", "crowded"])
 
 
-@pytest.mark.parametrize("experts", [1, 8, 64, 65, 128, 160, 256])
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("experts", [8, 65, *slow(1, 64, 128, 160, 256)])
 @WORKS
-@pytest.mark.parametrize("skew", [0.2, 5.0])
+@pytest.mark.parametrize("skew", [0.2, *slow(5.0)])
 def test_groups_are_cut_sorted_and_picked_as_by_hand(experts, work, skew):
     random = np.random.default_rng(experts)
     sizes = random.multinomial(work["rows"] - 5, random.dirichlet(np.full(experts, skew))).tolist()
     assert made(sizes, **work).tolist() == expected(sizes, **work)
 
 
+@pytest.mark.slow
 @WORKS
 def test_more_experts_than_any_model_has(work):
     sizes = np.random.default_rng(0).multinomial(work["rows"], np.full(512, 1 / 512)).tolist()
@@ -125,7 +130,7 @@ def test_more_rows_than_float32_counts_exactly_are_refused():
         schedule.make_schedule(jnp.zeros(8, jnp.int32), **{**DECODE, "rows": 2**22})
 
 
-@pytest.mark.parametrize("experts", [1, 20, 64, 65, 160, 256, 512])
+@pytest.mark.parametrize("experts", [160, *slow(1, 20, 64, 65, 256, 512)])
 @WORKS
 def test_it_lowers_for_cuda(experts, work):
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)

@@ -168,7 +168,11 @@ def test_bfloat16_models_carry_bfloat16_between_layers_and_devices(config):
     assert model.logits(jnp.zeros((2, 24), jnp.bfloat16)).dtype == jnp.float32
 
 
-@each_kind
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(config, marks=[pytest.mark.slow] * (name != "deepseek_like")) for name, config in KINDS.items()],
+    ids=KINDS,
+)
 def test_gradients_are_those_of_one_device(config):
     """Of every parameter, a sum over devices or not; what lies in padding gets none."""
     text = tokens(4, 6)

@@ -49,7 +49,9 @@ def test_a_ragged_batch_with_a_cache_gives_the_logits_of_the_whole_sequences(con
     assert relative_error(np.concatenate(pieces, axis=1)[inside], np.asarray(expected)[inside]) < TOLERANCE
 
 
-@pytest.mark.parametrize("config", [MIXTRAL_LIKE, DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(MIXTRAL_LIKE, marks=pytest.mark.slow), DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"]
+)
 def test_gradients_are_those_of_one_device(config):
     text = tokens(4, 3)
 
@@ -97,7 +99,9 @@ def test_a_layer_gathers_once_and_scatters_once(config, layer, cached):
     assert set(found) <= {"reduce-scatter", "all-reduce"}
 
 
-@pytest.mark.parametrize("config", [MIXTRAL_LIKE, DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(MIXTRAL_LIKE, marks=pytest.mark.slow), DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"]
+)
 def test_the_engine_says_the_same(config):
     prompts = [[7, 3, 9], [n % 29 for n in range(20)], [20, 21, 22, 23], [11] * 12, [5]]
     params = SamplingParams(max_new_tokens=6)

@@ -191,11 +191,21 @@ EVERY_EXPERT = {  # so that rounding changes numbers, and not which experts are 
 
 
 # Sinks have nothing to do with what is cached: one mesh is enough.
-@pytest.mark.parametrize("config", [EVERY_EXPERT[name] for name in KINDS], ids=KINDS)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(EVERY_EXPERT[name], marks=[pytest.mark.slow] * (name == "olmoe_like")) for name in KINDS],
+    ids=KINDS,
+)
 @pytest.mark.parametrize(
     ("sizes", "dp_attention"),
-    [((2, 1, 2), False), ((4, 4, 1), False), ((8, 2, 1), False), ((4, 2, 1), True), ((2, 2, 2), True)],
-    ids=["2x1x2", "4x4x1", "8x2x1", "4x2x1-dp_attention", "2x2x2-dp_attention"],
+    [
+        ((4, 2, 1), True),
+        *(
+            pytest.param(sizes, dp, marks=pytest.mark.slow)
+            for sizes, dp in (((2, 1, 2), False), ((4, 4, 1), False), ((8, 2, 1), False), ((2, 2, 2), True))
+        ),
+    ],
+    ids=["4x2x1-dp_attention", "2x1x2", "4x4x1", "8x2x1", "2x2x2-dp_attention"],
 )
 def test_on_every_mesh_logits_are_those_of_one_device(config, sizes, dp_attention):
     text = tokens(4, 9)
@@ -216,7 +226,9 @@ def test_a_first_chunk_reads_no_float8_and_later_ones_do(config):
     assert all(2e-3 < error < TOLERANCE for error in errors[1:]), errors
 
 
-@pytest.mark.parametrize("config", [MIXTRAL_LIKE, DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(MIXTRAL_LIKE, marks=pytest.mark.slow), DEEPSEEK_LIKE], ids=["mixtral_like", "deepseek_like"]
+)
 def test_the_engine_says_the_same_on_every_mesh(config):
     prompts = [[7, 3, 9], [n % 29 for n in range(20)], [20, 21, 22, 23], [11] * 12, [5]]
     params, config = SamplingParams(max_new_tokens=6), config.replace(max_position_embeddings=256)

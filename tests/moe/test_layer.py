@@ -380,7 +380,7 @@ class Regressor(nnx.Module):
         return self.last(x + self.moe(self.norm(x)))
 
 
-@pytest.mark.parametrize("sizes", [(8, 4, 1), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 4, 1), pytest.param((4, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_somebody_s_own_model_learns(sizes):
     model = Regressor(make_mesh(*sizes), nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=1e-2), wrt=nnx.Param)
