@@ -26,14 +26,8 @@ CASES += [
     (name, (4, 2, 1), True) for name in ("olmoe", "deepseek_v3", "gpt_oss", "qwen2_moe")
 ]  # with data-parallel attention
 CASES += [("gpt_oss_mxfp4", (2, 2, 1), False)]
-# Families share their meshes' code: each on eight devices and on another mesh in turn, the rest in `make test-slow`.
-FAST = [(8, 4, 1), *(mesh for mesh in MESHES if mesh != (8, 4, 1))]
-SLOW = [
-    (name, mesh, False)
-    for i, name in enumerate(NUM_EXPERTS)
-    for mesh in MESHES
-    if mesh not in (FAST[0], FAST[1 + i % (len(FAST) - 1)])
-]
+# Families share their meshes' code: each on eight devices in `make test`, on all meshes in `make test-slow`.
+SLOW = [(name, mesh, False) for name in NUM_EXPERTS for mesh in MESHES if mesh != (8, 4, 1)]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 TOLERANCE = 1e-4
