@@ -1,12 +1,13 @@
 """How much of the time devices are at work, and at what, read from a profile's kernels."""
 
 import collections
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from bench.scopes import events, streams
 
 Interval = tuple[float, float]  # start and end, nanoseconds
 
@@ -30,7 +31,8 @@ def device_busy(folder: str | Path) -> dict[str, Any]:
     if not paths:
         raise RuntimeError(f"{folder} holds no profile")
     profile = jax.profiler.ProfileData.from_file(str(paths[-1]))
-    devices = [kernels for plane in _device_planes(profile) if (kernels := list(_kernels(plane)))]
+    each_device = ([kernel for line in lines for kernel in _kernels(line)] for lines in streams(profile))
+    devices = [kernels for kernels in each_device if kernels]
     if not devices:
         raise RuntimeError(f"{paths[-1]} holds no kernel")
     each = [_shares(kernels) for kernels in devices]
@@ -57,22 +59,10 @@ def covered(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def _device_planes(profile: Any) -> list[Any]:
-    """The GPUs', or without any, the CPU's."""
-    planes = list(profile.planes)
-    return [plane for plane in planes if plane.name.startswith("/device:GPU")] or planes
-
-
-def _kernels(plane: Any) -> Iterable[tuple[str, Interval]]:
-    """What ran: the phase that it belongs to, and when. Of a GPU, what stands on its streams."""
-    on_gpu = plane.name.startswith("/device:GPU")
-    for line in plane.lines:
-        if on_gpu and not line.name.startswith("Stream"):
-            continue  # the same again, summed up
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
-            for event in line.events:
-                stats = dict(event.stats)
-                if on_gpu or "hlo_op" in stats:
-                    module = str(stats.get("hlo_module", "")).split("(")[0]
-                    yield _PHASES.get(module, OTHER), (event.start_ns, event.start_ns + event.duration_ns)
+def _kernels(line: Any) -> Iterable[tuple[str, Interval]]:
+    """What ran: the phase that it belongs to, and when. On a CPU, threads do other things too."""
+    on_gpu = line.name.startswith("Stream")
+    for event, stats in events(line):
+        if on_gpu or "hlo_op" in stats:
+            module = str(stats.get("hlo_module", "")).split("(")[0]
+            yield _PHASES.get(module, OTHER), (event.start_ns, event.start_ns + event.duration_ns)

@@ -257,12 +257,11 @@ def measure(args: argparse.Namespace, requests: Sequence[Request]) -> dict[str, 
 
 
 def _load(args: argparse.Namespace) -> Any:
-    import jax_epmoe as ep
+    from jax_epmoe.checkpoint import load_on_mesh
 
-    mesh = ep.make_mesh(args.tp_size, args.ep_size, args.dp_size)
-    dummy = args.load_format == "dummy" or not (args.model / "epmoe.json").is_file()
-    load = ep.dummy_model if dummy else ep.load_model
-    return load(args.model, mesh=mesh, dtype=args.dtype, dp_attention=args.enable_dp_attention)
+    load_format = args.load_format if (args.model / "epmoe.json").is_file() else "dummy"
+    names = ("tp_size", "ep_size", "dp_size", "enable_dp_attention", "dtype")
+    return load_on_mesh(args.model, load_format=load_format, **{name: getattr(args, name) for name in names})
 
 
 def _device_share(

@@ -123,16 +123,26 @@ def record(call: Callable[[], Any], calls: int) -> list[Lines]:
 
 def device_lines(profile: Any) -> list[Lines]:
     """Of each GPU in a profile, the streams' events that tell their instructions; without a GPU, the CPU's threads as one device."""
+    return [[_told(line) for line in lines] for lines in streams(profile)]
+
+
+def streams(profile: Any) -> list[list[Any]]:
+    """The lines of each GPU's plane that are its streams; without a GPU, all lines as one device's."""
     gpus = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
     if gpus:  # a plane's other lines hold the same again, summed up
-        return [[_told(line) for line in plane.lines if line.name.startswith("Stream")] for plane in gpus]
-    return [[_told(line) for plane in profile.planes for line in plane.lines]]
+        return [[line for line in plane.lines if line.name.startswith("Stream")] for plane in gpus]
+    return [[line for plane in profile.planes for line in plane.lines]]
+
+
+def events(line: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """A line's events, each with what is told of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
+        return [(event, dict(event.stats)) for event in line.events]
 
 
 def _told(line: Any) -> list[Event]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the iterator's type, by Python
-        told = [(event, dict(event.stats).get("hlo_op") or _library_op(event.name)) for event in line.events]
+    told = [(event, stats.get("hlo_op") or _library_op(event.name)) for event, stats in events(line)]
     return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
 
 

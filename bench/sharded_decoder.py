@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 import jax_epmoe as ep
 from bench import layers
-from jax_epmoe.checkpoint import _with_routers_of, abstract_model
+from jax_epmoe.checkpoint import abstract_model, with_routers_of
 from jax_epmoe.config import ModelConfig, require
 from jax_epmoe.mesh import TP_AXES
 from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.families import read_config
 from jax_epmoe.quant import FP8, Quantization
-from jax_epmoe.quantized_parameters import _SCALE, _SPREAD
+from jax_epmoe.quantized_parameters import SCALE, SPREAD
 
 LOADS = ("balanced", "zipf")
 _LOUD = 256.0
@@ -131,7 +131,7 @@ class ShardedDecoder:
         self.config, self.mode, self.dtype, self.loads = config, mode, dtype, loads
         self.mesh = ep.make_mesh(mode.tp_size, mode.ep_size, devices=devices)
         graphdef, state = abstract_model(config, self.mesh, dtype, None, mode.dp_attention, Quantization(quantization))
-        self._state = _with_routers_of(state, dtype, dtype)
+        self._state = with_routers_of(state, dtype, dtype)
         self._graphdef = graphdef
         self.leaves, self._tree = jax.tree.flatten(self._state)
         self._model = nnx.merge(graphdef, self._state)
@@ -190,7 +190,7 @@ class ShardedDecoder:
 
     @staticmethod
     def _run(model, is_start, caches, tokens, start, num_tokens):
-        hidden, caches, load = model._run(tokens, start, caches, num_tokens, is_start)
+        hidden, caches, load = model.hidden_with_load(tokens, start, caches, num_tokens, is_start=is_start)
         with jax.named_scope("head"):
             last = jnp.take_along_axis(hidden, num_tokens[:, None, None] - 1, axis=1)[:, 0]
             return caches, jnp.argmax(model.logits(last), axis=-1), load
@@ -237,13 +237,13 @@ def _draw(keys: Sequence[Any], leaf: jax.ShapeDtypeStruct, logits: jax.Array | N
     shape, name = leaf.shape, keys[-1]
     seed = zlib.crc32(".".join(map(str, keys)).encode())
     if name == "scales":
-        values = jnp.full(shape, _SCALE)
+        values = jnp.full(shape, SCALE)
     elif name == "scale":  # of a norm
         values = jnp.ones(shape)
     elif name == "correction_bias":
         values = jnp.zeros(shape)
     elif leaf.dtype == FP8:
-        values = _SPREAD * _normal(seed, shape)
+        values = SPREAD * _normal(seed, shape)
     elif keys[-2:] == ("embed", "table"):
         values = _normal(seed, shape)
         if logits is None:

@@ -28,13 +28,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jax_epmoe.config import ModelConfig, require
-from jax_epmoe.mesh import make_mesh
+from jax_epmoe.mesh import dp_size_of_mesh, make_mesh
 from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.families import read_config
 from jax_epmoe.quant import FORMATS, NOT_QUANTIZED, Quantization
 
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 def load_model(
@@ -66,7 +67,7 @@ def load_model(
     config, quantization = read_config(path), quantization_of(header)
     dtype = _checked_dtype(dtype or header["dtype"])
     graphdef, state = abstract_model(config, mesh, dtype, backend, dp_attention, quantization)
-    state = _with_routers_of(state, jnp.dtype(header["dtype"]), dtype)
+    state = with_routers_of(state, jnp.dtype(header["dtype"]), dtype)
     targets = {_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
     arrays = _restore(path, parameter_shapes(config, quantization), targets, progress)
     return nnx.merge(graphdef, nnx.map_state(lambda keys, variable: variable.replace(arrays[_name(keys)]), state))
@@ -98,10 +99,34 @@ def dummy_model(
         quantization=Quantization(quantization),
     )
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, _with_routers_of(state, dtype, dtype))
+    return nnx.merge(graphdef, with_routers_of(state, dtype, dtype))
 
 
-def _with_routers_of(state: nnx.State, stored: jnp.dtype, dtype: jnp.dtype) -> nnx.State:
+def load_on_mesh(
+    path: str | Path,
+    *,
+    tp_size: int = 1,
+    ep_size: int = 1,
+    dp_size: int = 1,
+    enable_dp_attention: bool = False,
+    load_format: str = "auto",
+    dtype: jax.typing.DTypeLike | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """`load_model`, or for `load_format="dummy"` `dummy_model`, on a mesh of its own, by the names of the command line.
+
+    Raises:
+      ValueError: another `load_format`, sizes that make no mesh, or what those refuse.
+    """
+    require(load_format in LOAD_FORMATS, "load_format", load_format, f"one of {', '.join(LOAD_FORMATS)}")
+    dp_size = dp_size_of_mesh(tp_size, dp_size, enable_dp_attention)
+    load: Callable[..., Decoder] = dummy_model if load_format == "dummy" else partial(load_model, progress=progress)
+    mesh = make_mesh(tp_size, ep_size, dp_size)
+    return load(path, mesh=mesh, dtype=dtype, backend=backend, dp_attention=enable_dp_attention)
+
+
+def with_routers_of(state: nnx.State, stored: jnp.dtype, dtype: jnp.dtype) -> nnx.State:
     """Routers that are stored in the model's dtype stay in it: the logits are the same, and tensor cores make them."""
 
     def keep(keys: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
@@ -121,7 +146,7 @@ def parameter_shapes(
     """The name and unpadded shape of each array of a model's checkpoint; its dtype if that is fixed, else bfloat16."""
     dtype = jnp.dtype(jnp.bfloat16)
     _, state = abstract_model(config, make_mesh(), dtype, quantization=quantization)
-    state = _with_routers_of(state, dtype, dtype)
+    state = with_routers_of(state, dtype, dtype)
     return {
         _name(keys): jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
         for keys, variable in nnx.to_flat_state(state)

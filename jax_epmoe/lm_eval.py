@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jax_epmoe.config import require
 from jax_epmoe.generate.engine import Engine
+from jax_epmoe.generate.llm import read_generation_config
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scoring import Scorer
 from jax_epmoe.generate.text import completion_text, decode, load_tokenizer
@@ -66,19 +67,26 @@ class EPMoELM(TemplateLM):
           ValueError: an argument out of its range, or a folder without a tokenizer.
         """
         super().__init__()
-        from jax_epmoe.checkpoint import dummy_model, load_model
-        from jax_epmoe.mesh import make_mesh, split_cpu
+        from jax_epmoe.checkpoint import load_on_mesh
+        from jax_epmoe.mesh import dp_size_of_mesh, split_cpu
 
         folder = Path(pretrained)
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise ValueError(f"pretrained is {pretrained!r}, which has no tokenizer; it should have the model's")
-        require(load_format in ("auto", "dummy"), "load_format", load_format, "auto or dummy")
         self.tokenizer: Any = tokenizer
-        split_cpu(max(1, tp_size * dp_size))
-        mesh = make_mesh(tp_size, ep_size, dp_size)
-        load = dummy_model if load_format == "dummy" else load_model
-        self._model = load(folder, mesh=mesh, dtype=dtype, backend=backend, dp_attention=enable_dp_attention)
+        self._eos_token_ids = read_generation_config(folder, "pretrained").eos_token_ids
+        split_cpu(max(1, tp_size * dp_size_of_mesh(tp_size, dp_size, enable_dp_attention)))
+        self._model = load_on_mesh(
+            folder,
+            tp_size=tp_size,
+            ep_size=ep_size,
+            dp_size=dp_size,
+            enable_dp_attention=enable_dp_attention,
+            load_format=load_format,
+            dtype=dtype,
+            backend=backend,
+        )
         longest = self._model.config.max_position_embeddings
         self.max_length = longest if max_length is None else int(max_length)
         require(1 < self.max_length <= longest, "max_length", self.max_length, f"from 2 to the model's {longest}")
@@ -163,6 +171,7 @@ class EPMoELM(TemplateLM):
                 self._model,
                 max_batch_size=self._max_batch_size,
                 context_length=self.max_length,
+                eos_token_ids=self._eos_token_ids,
                 detokenize=partial(decode, self.tokenizer),
             )
         prompts, sampling = [prompt for prompt, _ in asked], [params for _, params in asked]

@@ -57,6 +57,21 @@ def make_mesh(
     )
 
 
+def dp_size_of_mesh(
+    tp_size: int, dp_size: int, enable_dp_attention: bool, names: tuple[str, str] = ("dp_size", "enable_dp_attention")
+) -> int:
+    """`make_mesh`'s `dp_size`, where a user may also say `dp_size = tp_size` with data-parallel attention: its replicas are the devices
+    of the tensor-parallel group, so the mesh has 1. `names`: what the user calls both.
+
+    Raises:
+      ValueError: with data-parallel attention, another `dp_size`.
+    """
+    if not enable_dp_attention:
+        return dp_size
+    require(dp_size in (1, tp_size), names[0], dp_size, f"{tp_size}, as tp_size, or left out with {names[1]}")
+    return 1
+
+
 def axes_size(mesh: Mesh, axes: str | Sequence[str] | None) -> int:
     """Over how many devices the named axes of a mesh spread an array; 1 for none."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -17,12 +17,12 @@ from jax_epmoe.parameters import parameter
 from jax_epmoe.quant import FP8, Format, QuantizedArray, QuantizedWeights, expand_scales, scale_shape
 
 # Random values as a dummy model has them: weights of standard deviation 0.02 that use float8's range, inputs of up to 22.
-_SPREAD = 64.0
-_SCALE, _INPUT_SCALE = 0.02 / _SPREAD, 0.05
+SPREAD = 64.0
+SCALE, _INPUT_SCALE = 0.02 / SPREAD, 0.05
 
 
 def _random_values(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    return (_SPREAD * jax.random.normal(key, shape)).astype(dtype)
+    return (SPREAD * jax.random.normal(key, shape)).astype(dtype)
 
 
 class _Quantized(nnx.Module):
@@ -44,7 +44,7 @@ class _Quantized(nnx.Module):
         of_scales: dict[str, Any] = {"mesh": mesh, "rngs": rngs, "dtype": jnp.float32}
         constant = nnx.initializers.constant
         self.values = parameter(shape, partition, dtype=FP8, init=_random_values, mesh=mesh, rngs=rngs)
-        self.scales = parameter(scales, scale_partition, init=constant(_SCALE), **of_scales)
+        self.scales = parameter(scales, scale_partition, init=constant(SCALE), **of_scales)
         self.input_scales = (
             parameter(inputs, input_partition, init=constant(_INPUT_SCALE), **of_scales) if format.static else None
         )

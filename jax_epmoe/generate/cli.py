@@ -17,6 +17,10 @@ from jax_epmoe.generate.arguments import PROGRAM, make_parser
 _SIZES = ("max_batch_size", "prefill_chunk", "max_prefill_tokens", "num_continuous_decode_steps", "context_length")
 
 
+# And of `load_on_mesh`'s.
+_LOADING = ("tp_size", "ep_size", "dp_size", "enable_dp_attention", "load_format", "dtype", "backend")
+
+
 class _Interrupted(KeyboardInterrupt):
     """Ctrl-C, and how to go on."""
 
@@ -77,14 +81,12 @@ def _generate(args: argparse.Namespace) -> None:
     from jax_epmoe.generate.outputs import Result
     from jax_epmoe.generate.sampling import SamplingParams
     from jax_epmoe.generate.watching import profile, progress_bar, run_kernels_one_by_one, saved
-    from jax_epmoe.mesh import initialize_distributed, split_cpu
+    from jax_epmoe.mesh import dp_size_of_mesh, initialize_distributed, split_cpu
 
     default = SamplingParams(**{name: value for name, value in vars(args).items() if name in SAMPLING_KEYS})
     lines = _lines(args)
-    if args.enable_dp_attention:
-        wanted = f"{args.tp_size}, as tp_size, or left out with --enable-dp-attention"
-        require(args.dp_size in (1, args.tp_size), "--dp-size", args.dp_size, wanted)
-        args.dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
+    names = ("--dp-size", "--enable-dp-attention")
+    args.dp_size = dp_size_of_mesh(args.tp_size, args.dp_size, args.enable_dp_attention, names)
     is_file = args.output not in (None, "-") and not _is_device(args.output)
     if args.resume and not is_file:
         raise ValueError("--resume needs a file as --output; it should be the one to go on with")
@@ -259,23 +261,12 @@ def _make_engine(
     tokenizer: Any | None,
     recorder: Any | None,
 ) -> Any:
-    from jax_epmoe.checkpoint import dummy_model, load_model
+    from jax_epmoe.checkpoint import load_on_mesh
     from jax_epmoe.generate.engine import Engine
     from jax_epmoe.generate.text import decode
-    from jax_epmoe.mesh import make_mesh
 
-    how = {
-        "mesh": make_mesh(args.tp_size, args.ep_size, args.dp_size),
-        "dtype": args.dtype,
-        "backend": args.backend,
-        "dp_attention": args.enable_dp_attention,
-    }
-    if args.load_format == "dummy":
-        model = dummy_model(folder, **how)
-    else:
-        model = load_model(folder, progress=show_progress, **how)
     return Engine(
-        model,
+        load_on_mesh(folder, progress=show_progress, **{name: getattr(args, name) for name in _LOADING}),
         **{name: getattr(args, name) for name in _SIZES},
         eos_token_ids=eos_token_ids,
         kv_cache_dtype=args.kv_cache_dtype,

@@ -7,17 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jax_epmoe.checkpoint import dummy_model, load_model
+from jax_epmoe.checkpoint import load_on_mesh
 from jax_epmoe.config import ModelConfig, require
 from jax_epmoe.generate import text
 from jax_epmoe.generate.engine import Completion, Engine, Progress
 from jax_epmoe.generate.entries import Entry
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scheduler import FinishReason
-from jax_epmoe.mesh import make_mesh
 from jax_epmoe.models.families import read_config
-
-LOAD_FORMATS = ("auto", "dummy")
 
 Messages = Sequence[dict[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
@@ -86,16 +83,19 @@ class LLM:
           ValueError: not a checkpoint, a mesh that does not divide the model, or a value out of its range.
         """
         folder = Path(model)
-        require(load_format in LOAD_FORMATS, "load_format", load_format, f"one of {', '.join(LOAD_FORMATS)}")
-        if enable_dp_attention:
-            wanted = f"{tp_size}, as tp_size, or left out with enable_dp_attention"
-            require(dp_size in (1, tp_size), "dp_size", dp_size, wanted)
-            dp_size = 1  # the replicas of attention are the devices of the tensor-parallel group
         config = read_generation_config(folder, "model")
         self.tokenizer = text.load_tokenizer(folder)
-        load: Any = partial(load_model, progress=progress) if load_format == "auto" else dummy_model
-        mesh = make_mesh(tp_size, ep_size, dp_size)
-        decoder = load(folder, mesh=mesh, dtype=dtype, backend=backend, dp_attention=enable_dp_attention)
+        decoder = load_on_mesh(
+            folder,
+            tp_size=tp_size,
+            ep_size=ep_size,
+            dp_size=dp_size,
+            enable_dp_attention=enable_dp_attention,
+            load_format=load_format,
+            dtype=dtype,
+            backend=backend,
+            progress=progress,
+        )
         if self.tokenizer is not None:
             engine.setdefault("detokenize", partial(text.decode, self.tokenizer))
         self.engine = Engine(decoder, **{"eos_token_ids": config.eos_token_ids, **engine})

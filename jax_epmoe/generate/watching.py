@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 import jax
 from tqdm import tqdm
 
+from jax_epmoe.generate.engine import Progress
 from jax_epmoe.generate.expert_load import ExpertLoad
-
-# Told of new tokens and of finished requests, as `Engine.stream` does.
-Progress = Callable[[int, int], None]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import device_busy, offline_throughput, transformers_peer
+from bench import device_busy, offline_throughput, scopes, transformers_peer
 from bench.requests import Request, measured, random_requests, shared_prefix_requests, sharegpt_requests
 
 TINY = {
@@ -110,8 +110,8 @@ def test_a_gpus_streams_count_and_their_sums_do_not():
         ],
     )
     profile = SimpleNamespace(planes=[SimpleNamespace(name="/host:CPU", lines=[]), plane])
-    (of_gpu,) = device_busy._device_planes(profile)
-    assert list(device_busy._kernels(of_gpu)) == [
+    (of_gpu,) = scopes.streams(profile)
+    assert [kernel for line in of_gpu for kernel in device_busy._kernels(line)] == [
         ("prefill", (0, 10)), ("decode", (20, 25)), ("other", (24, 30))
     ]  # fmt: skip
 

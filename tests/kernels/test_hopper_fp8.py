@@ -22,6 +22,9 @@ CASES = {
     "blocks": {},
     "blocks, a bias and gpt-oss's gate in float32": {"gated": True, "bias": True, "out_dtype": jnp.float32},
     "blocks, all k and n": {"k": 256, "n": 256, "tiling": Tiling(columns=256, heights=(64,), block_k=128, stages=2)},
+    "blocks, tiles of 112 rows": {
+        "k": 256, "n": 256, "sizes": (105, 7), "rows": 112, "tiling": Tiling(columns=256, heights=(112,), block_k=128, stages=2),
+    },
     "blocks, two a step": {"tiling": Tiling(columns=128, heights=(16, 64), block_k=256, stages=2)},
     "channels, two a step": {"kinds": KINDS["channel"], "tiling": Tiling(columns=128, heights=(64,), block_k=256, stages=2)},
     "blocks, a gather": {"gather": 19, "sizes": (11, 0, 20), "rows": 40, "k": 256},
