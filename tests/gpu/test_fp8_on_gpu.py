@@ -27,7 +27,15 @@ def make_case(kinds, rows, experts, k, n, gated, load):
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize(
     ("rows", "experts", "k", "n", "gated"),
-    [(2048, 16, 1024, 768, True), (2048, 16, 1536, 1280, False), (64, 16, 1024, 512, True), (96, 32, 416, 136, False)],
+    [
+        (2048, 16, 1024, 768, True),
+        (2048, 16, 1536, 1280, False),
+        (64, 16, 1024, 512, True),
+        (96, 32, 416, 136, False),
+        (64, 1, 7168, 576, False),
+        (48, 1, 2048, 512, True),
+        (256, 1, 4096, 1536, False),
+    ],
 )
 def test_it_is_the_definition_in_every_format(kinds, rows, experts, k, n, gated, load):
     x, w, sizes = make_case(kinds, rows, experts, k, n, gated, load)

@@ -33,6 +33,13 @@ CASES = {
     "channels, a bias": {"kinds": KINDS["channel"], "bias": True},
     "channels, a gate, a gather": {"kinds": KINDS["channel"], "gated": True, "gather": 19, "sizes": (11, 0, 20), "rows": 40},
     "one scale each": {"kinds": KINDS["tensor"], "sizes": (1, 0, 1, 1), "gated": True},
+    "blocks, k in parts": {"k": 480, "n": 160, "sizes": (37,), "rows": 40, "splits": 2},
+    "blocks, a gate, a bias, k in parts": {
+        "gated": True, "bias": True, "k": 512, "n": 128, "sizes": (13,), "rows": 13, "splits": 2, "out_dtype": jnp.float32,
+    },
+    "channels, a gate, k in parts": {
+        "kinds": KINDS["channel"], "gated": True, "k": 384, "n": 136, "sizes": (16,), "rows": 16, "splits": 3,
+    },
     "rows that 8 does not divide": {"kinds": KINDS["tensor"], "rows": 61, "sizes": (30, 7, 24)},
 }  # fmt: skip
 
@@ -62,15 +69,14 @@ SLOW = (
 def test_it_computes_the_definition(case):
     x, w, sizes, index = make_inputs(**case)
     options = {"activation": "silu" if case.get("gated") else None, "row_index": index}
+    how = {"tiling": case.get("tiling", LOW), "splits": case.get("splits", 1)}
     if "bias" in case:
         options["bias"] = jax.random.normal(jax.random.key(1), w.shape[:-1])
         options["activation"] = ClampedSwiGLU(limit=0.8) if case.get("gated") else None
     out_dtype = case.get("out_dtype", jnp.bfloat16)
     detect_races = "group" not in case.get("kinds", ("group",)) and "block" not in case.get("kinds", ())
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
-        out = run(
-            hopper_fp8.quantized_matmul, x, w, sizes, tiling=case.get("tiling", LOW), out_dtype=out_dtype, **options
-        )
+        out = run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=out_dtype, **how, **options)
         assert out.dtype == out_dtype
         out = np.asarray(out, np.float64)
     expected = np.asarray(run(reference.quantized_matmul, x, w, sizes, out_dtype=jnp.float32, **options), np.float64)
@@ -130,6 +136,30 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
     lowered = jax.jit(multiply).trace(*shapes, sizes, *scales, bias).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "parts", "splits"),
+    [
+        (64, 7168, 1536, 1, 8),  # 12 tiles of 56 steps
+        (64, 7168, 576, 1, 14),
+        (16, 7168, 576, 1, 7),  # steps of 256
+        (64, 16384, 7168, 1, 2),
+        (64, 7168, 2048, 2, 4),
+        (256, 7168, 1536, 1, 7),
+        (64, 1536, 24576, 1, 1),
+        (8192, 7168, 1536, 1, 1),
+        (64, 7168, 200, 2, 1),  # gate and up would share a block
+    ],
+)
+def test_few_tiles_of_one_group_are_cut_into_parts_of_k(monkeypatch, rows, k, n, parts, splits):
+    monkeypatch.setattr(hopper_fp8, "num_sms", lambda: 132)
+    shape = (1, 2, n, k) if parts == 2 else (1, n, k)
+    tiling, found = hopper_fp8._choose(rows, rows, shape, parts, jnp.dtype(jnp.bfloat16), whole_blocks=True)
+    assert found == splits
+    assert -(-k // tiling.block_k) % splits == 0
+    _, of_more = hopper_fp8._choose(rows, rows, (2, *shape[1:]), parts, jnp.dtype(jnp.bfloat16), whole_blocks=True)
+    assert of_more == 1
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def test_rows_past_the_groups_have_no_tile(work):
     assert made(sizes, **work).tolist() == expected(sizes, **work)
 
 
+@pytest.mark.parametrize("size", [0, 1, 64, 137, 512])
+@pytest.mark.parametrize("largest", [16, 112])
+def test_a_single_group_s_tiles_need_no_kernel(size, largest):
+    work = {"rows": 512, "heights": (16, 64, 112), "largest_heights": (largest,), "column_tiles": 12, "num_ctas": 132}
+    assert made([size], **work).tolist() == expected([size], **work)
+    program = schedule.make_schedule.lower(jax.ShapeDtypeStruct((1,), jnp.int32), **work).as_text()
+    assert "custom_call" not in program
+
+
 @WORKS
 def test_no_rows_make_no_tiles(work):
     assert made([0, 0, 0, 0], **work).tolist() == []

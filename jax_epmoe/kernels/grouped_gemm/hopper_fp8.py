@@ -7,6 +7,7 @@ number a block of weights and one a row of x, which comes by TMA beside x; other
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.config import Activation
 from jax_epmoe.kernels import quantize_hopper, rows_hopper
-from jax_epmoe.kernels.activations import gated
+from jax_epmoe.kernels.activations import gate, gated
 from jax_epmoe.kernels.device import num_sms, on_hopper
 from jax_epmoe.kernels.grouped_gemm import schedule, tiles
 from jax_epmoe.kernels.grouped_gemm.layout import FP8_K_ALIGNMENT, OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
@@ -44,6 +45,7 @@ def quantized_matmul(
     out_dtype: jax.typing.DTypeLike,
     expected_rows: int | None = None,
     tiling: Tiling | None = None,
+    splits: int = 1,
 ) -> jax.Array | QuantizedArray:
     """What `reference.quantized_matmul` computes; rows past the groups are left as they are. Scales as `grouped_gemm` has them.
 
@@ -70,13 +72,17 @@ def quantized_matmul(
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     padding = -rows % ROW_ALIGNMENT
     expected_rows = rows if expected_rows is None else expected_rows
-    tiling = tiling or choose_tiling(rows=expected_rows, experts=experts, n=n, gated=parts == 2, out_dtype=out_dtype)
+    by_blocks = x_groups or w_blocks
+    if tiling is None:
+        tiling, splits = _choose(rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks)
+    # Parts of k are summed before gate and up are gated, so these are columns like others.
+    side_by_side = (experts, parts, n) if splits == 1 else (experts, 1, parts * n)
     plan = schedule.make_schedule(
         group_sizes,
         rows=rows + padding,
         heights=tiling.heights,
         largest_heights=tiling.largest_heights or tiling.heights[-1:],
-        column_tiles=pl.cdiv(n, tiling.columns),
+        column_tiles=splits * pl.cdiv(side_by_side[-1], tiling.columns),
         num_ctas=num_sms(),
     )
     if x_scale.ndim == 0:
@@ -88,30 +94,27 @@ def quantized_matmul(
         x = jnp.pad(x, ((0, padding), (0, 0)))
         x_scale = jnp.pad(x_scale, ((0, 0),) * (x_scale.ndim - 1) + ((0, padding),))
     blocks = pl.cdiv(k, BLOCK)
-    if x_groups or w_blocks:
+    # The last tiles read past the ends of what comes once a tile.
+    past_the_end = ((0, 0), (0, 0), (0, -side_by_side[-1] % tiling.columns))
+    if by_blocks:
         x_scale = jnp.broadcast_to(x_scale, (blocks, x.shape[0]))
         shape = (experts, parts, pl.cdiv(n, BLOCK), blocks)
         w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, *(shape[2:] if w_blocks else (1, 1))), shape)
+        w_scale = w_scale.reshape(*side_by_side[:2], -1, blocks)
     else:
-        # The last tiles read past their ends.
         x_scale = jnp.pad(x_scale, (0, tiling.heights[-1]))
         w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, n if by_channel else 1), (experts, parts, n))
-        w_scale = jnp.pad(w_scale, ((0, 0), (0, 0), (0, -n % tiling.columns)))
-    if bias is not None:  # the last tiles read past its end
-        bias = bias.astype(jnp.float32).reshape(experts, parts, n)
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, -n % tiling.columns)))
-    out = _run(
-        x,
-        w.reshape(experts, parts, n, k),
-        x_scale,
-        w_scale,
-        plan,
-        bias,
-        activation=activation,
-        tiling=tiling,
-        num_ctas=num_sms(),
-        out_dtype=out_dtype,
-    )
+        w_scale = jnp.pad(w_scale.reshape(side_by_side), past_the_end)
+    bias = None if bias is None else bias.astype(jnp.float32).reshape(side_by_side)
+    run = functools.partial(_run, x, w.reshape(*side_by_side, k), x_scale, w_scale, plan)
+    options: dict[str, Any] = {"tiling": tiling, "num_ctas": num_sms()}
+    if splits == 1:
+        bias = None if bias is None else jnp.pad(bias, past_the_end)
+        out = run(bias, activation=activation, out_dtype=out_dtype, **options)
+    else:
+        out = run(None, activation=None, out_dtype=jnp.dtype(jnp.float32), splits=splits, **options)
+        out = out if bias is None else out + bias[0, 0]
+        out = (out if activation is None else gate(activation, out.reshape(-1, 2, n))).astype(out_dtype)
     if quantize_out == "group" and not padding and quantize_hopper.serves(out):
         return quantize_hopper.quantize_groups(out, plan[schedule.NUM_ROWS, 0])
     out = out[:rows] if padding else out
@@ -123,7 +126,7 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
     rows_per_expert = rows / experts
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
-    elif rows_per_expert <= 48:
+    elif rows_per_expert <= (64 if experts == 1 else 48):
         tiling = Tiling(columns=128, heights=(16, 32, 64), block_k=BLOCK)
     else:
         narrow = gated or -(-n // 256) * 256 > 1.15 * n
@@ -137,6 +140,28 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
     )
 
 
+def choose_splits(*, rows: int, n: int, k: int, tiling: Tiling) -> int:
+    """Into how many parts k is cut where one group has so few tiles that most of the GPU would be idle."""
+    tiles, steps = pl.cdiv(rows, tiling.heights[-1]) * pl.cdiv(n, tiling.columns), pl.cdiv(k, tiling.block_k)
+    most = min(num_sms() // tiles, steps // _FEWEST_STEPS)
+    return next((splits for splits in range(most, 1, -1) if steps % splits == 0), 1)
+
+
+def _choose(
+    rows: int, expected_rows: int, w_shape: tuple[int, ...], parts: int, out_dtype: jnp.dtype, *, whole_blocks: bool
+) -> tuple[Tiling, int]:
+    """A tiling, and in how many parts k is summed. `whole_blocks`: gate and up may not meet within a block of w."""
+    experts, (n, k) = w_shape[0], w_shape[-2:]
+    if experts == 1 and (parts == 1 or not whole_blocks or n % BLOCK == 0):
+        height = min(rows, _HEIGHTS[-1])
+        tiling = choose_tiling(rows=height, experts=1, n=parts * n, gated=False, out_dtype=jnp.dtype(jnp.float32))
+        splits = choose_splits(rows=rows, n=parts * n, k=k, tiling=tiling)
+        if splits > 1:
+            return tiling, splits
+    return choose_tiling(rows=expected_rows, experts=experts, n=n, gated=parts == 2, out_dtype=out_dtype), 1
+
+
+_FEWEST_STEPS = 4
 _HEIGHTS = (64, 80, 96, 104, 112, 128)
 
 
@@ -160,7 +185,7 @@ def _gather(x: jax.Array, row_index: jax.Array, num_rows: jax.Array) -> jax.Arra
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
-@functools.partial(jax.jit, static_argnames=("activation", "tiling", "num_ctas", "out_dtype"))
+@functools.partial(jax.jit, static_argnames=("activation", "tiling", "num_ctas", "out_dtype", "splits"))
 def _run(
     x: jax.Array,
     w: jax.Array,
@@ -173,12 +198,15 @@ def _run(
     tiling: Tiling,
     num_ctas: int,
     out_dtype: jnp.dtype,
+    splits: int = 1,
 ) -> jax.Array:
     """`w [experts, parts, n, k]`; `x_scale [blocks of k, rows]`, `w_scale [experts, parts, blocks of n, blocks of k]`, or for
-    scales at the end `[rows and more]`, `[experts, parts, n and more]`."""
+    scales at the end `[rows and more]`, `[experts, parts, n and more]`.
+
+    `splits`: tiles hold that part of k each, and are summed by XLA; it divides the steps."""
     rows, k = x.shape
     parts, n = w.shape[1:3]
-    k_steps, column_tiles = pl.cdiv(k, tiling.block_k), pl.cdiv(n, tiling.columns)
+    k_steps, column_tiles = pl.cdiv(k, tiling.block_k) // splits, pl.cdiv(n, tiling.columns)
     own_columns = tiling.columns // _CONSUMERS
     blocks, stages, max_height = own_columns // 64, tiling.stages, tiling.heights[-1]
     promotions = tiling.block_k // BLOCK  # of a step
@@ -190,10 +218,18 @@ def _run(
         """The i-th block of a step; past the end the last, which scales zeros."""
         return lax.min(k_step * promotions + i, pl.cdiv(k, BLOCK) - 1)
 
+    def place(tile):
+        """Which columns of w a tile has, and the first of its steps through k."""
+        if splits == 1:
+            return tile.column_tile, i32(0)
+        part = lax.div(tile.column_tile, i32(column_tiles))
+        return tile.column_tile - part * column_tiles, part * k_steps
+
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
         *bias_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=column_tiles, heights=tiling.heights)
+        all_columns = splits * column_tiles
+        walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=all_columns, heights=tiling.heights)
 
         @pl.when(warpgroup == _CONSUMERS)
         def _produce():
@@ -201,9 +237,11 @@ def _run(
 
             def begin(tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
-                columns = pl.ds(tile.column_tile * tiling.columns, tiling.columns)
+                column_tile, first_step = place(tile)
+                columns = pl.ds(column_tile * tiling.columns, tiling.columns)
 
-                def load(height, k_step, stage):
+                def load(height, step, stage):
+                    k_step = first_step + step
                     ks, top = pl.ds(k_step * tiling.block_k, tiling.block_k), pl.ds(0, height)
                     plgpu.copy_gmem_to_smem(
                         x_gmem.at[pl.ds(first_row, height), ks], x_smem.at[stage, top], full.at[stage]
@@ -230,7 +268,9 @@ def _run(
 
             def multiply_tile(step, tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
-                first_column = tile.column_tile * tiling.columns + warpgroup * own_columns
+                column_tile, first_step = place(tile)
+                first_column = column_tile * tiling.columns + warpgroup * own_columns
+                out_column = tile.column_tile * tiling.columns + warpgroup * own_columns
 
                 def weight_scales(k_step):
                     """Of one step, a scalar for each promotion of each part."""
@@ -239,7 +279,7 @@ def _run(
                     # A warpgroup's columns lie in one block of weights; those past n in none.
                     block = lax.min(lax.div(first_column, i32(BLOCK)), ws_gmem.shape[2] - 1)
                     return tuple(
-                        ws_gmem[tile.expert, part, block, k_block(k_step, i)]
+                        ws_gmem[tile.expert, part, block, k_block(first_step + k_step, i)]
                         for i in range(promotions)
                         for part in range(parts)
                     )
@@ -320,7 +360,7 @@ def _run(
                         out_smem.at[warpgroup, pl.ds(0, height)].T[...] = result
                         plgpu.commit_smem()
                         tiles.store_rows(
-                            out_smem.at[warpgroup, pl.ds(0, height)], out_gmem, tile, first_column + block * 64
+                            out_smem.at[warpgroup, pl.ds(0, height)], out_gmem, tile, out_column + block * 64
                         )
                         plgpu.commit_smem_to_gmem_group()
 
@@ -330,7 +370,7 @@ def _run(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # A copy of one row that is not swizzled is a plain one, which does not stop at the last column.
-    out_columns = n if out_dtype.itemsize == 2 else column_tiles * tiling.columns
+    out_columns = n if out_dtype.itemsize == 2 else splits * column_tiles * tiling.columns
     out_transforms = OUTPUT_TRANSFORMS if out_dtype.itemsize == 2 else ()
     out = plgpu.kernel(
         kernel,
@@ -349,4 +389,5 @@ def _run(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
+    out = out if splits == 1 else jnp.sum(out.reshape(rows, splits, -1), axis=1)
     return out[:, :n]

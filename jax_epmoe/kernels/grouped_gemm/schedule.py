@@ -81,6 +81,8 @@ def make_schedule(
     experts = group_sizes.shape[0]
     across = -(-experts // _DOWN) * _DOWN
     blocks = -(-max_tiles(rows, experts, largest_heights) // _DOWN)
+    if experts == len(largest_heights) == 1:
+        return _one_group(group_sizes[0].astype(jnp.int32), largest_heights[0], blocks * _DOWN)
     candidates = -(-len(largest_heights) // 4) * 4
     # Several CTAs share the rows of a block where all of them can run at once.
     shares = next(shares for shares in (6, 3, 2, 1) if shares * blocks <= num_ctas or shares == 1)
@@ -219,3 +221,19 @@ def make_schedule(
         # What is written is read after `commit_smem`, which waits for the whole warpgroup.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(group_sizes.astype(i32))
+
+
+def _one_group(size: jax.Array, largest_height: int, columns: int) -> jax.Array:
+    """`make_schedule` of a single group of `size` rows: a constant where that is one, and nothing to run."""
+    slabs = pl.cdiv(size, ROW_ALIGNMENT)
+    tiles = pl.cdiv(slabs, largest_height // ROW_ALIGNMENT)
+    height = pl.cdiv(slabs, jnp.maximum(tiles, 1)) * ROW_ALIGNMENT
+    of_tiles = {NUM_TILES: tiles, END: size, HEIGHT: height}
+    entries = jnp.stack([of_tiles.get(name, jnp.int32(0)) for name in range(TOTAL)])
+    everywhere = jnp.stack([tiles, size])
+    return jnp.concatenate(
+        [
+            jnp.where(jnp.arange(columns) < tiles, entries[:, None], 0),
+            jnp.broadcast_to(everywhere[:, None], (2, columns)),
+        ]
+    )
