@@ -9,13 +9,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_epmoe.kernels.device import num_sms
 from jax_epmoe.quant import BLOCK, FP8, FP8_MAX, QuantizedArray
 
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _ROWS = 64
 _CTAS = 8  # a streaming multiprocessor
 
 
 def serves(rows: jax.Array) -> bool:
-    """Whether `quantize_groups` can take `rows [R, n]`: float32, at least 64 of them, n a multiple of 128."""
-    return rows.dtype == jnp.float32 and rows.shape[0] >= _ROWS and rows.shape[1] % BLOCK == 0 and rows.size > 0
+    """Whether `quantize_groups` can take `rows [R, n]`: bfloat16, float16 or float32, at least 64 of them, n a multiple of 128."""
+    return rows.dtype in _DTYPES and rows.shape[0] >= _ROWS and rows.shape[1] % BLOCK == 0 and rows.size > 0
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -24,7 +25,7 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
     """What `quant.quantize(rows, "group")` gives of the first `num_rows`; what is past those, rounded up to 64, is left as it is.
 
     Args:
-      rows: `[R, n]` float32, ones that it `serves`.
+      rows: `[R, n]`, ones that it `serves`.
       num_rows: an int32, at most R.
     """
     total, n = rows.shape
@@ -42,6 +43,7 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
             here = pl.ds(lax.min(row_block * _ROWS, total - _ROWS), _ROWS)  # the last may do some rows again
             group = pl.ds(column * BLOCK, BLOCK)
             values = plgpu.load(rows_gmem.at[here, group], layout=plgpu.Layout.WGMMA, optimized=False)
+            values = values.astype(jnp.float32)
             largest = jnp.max(jnp.abs(values), axis=1)
             scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
             scaled = values * lax.broadcast_in_dim(1 / scales, values.shape, (0,))

@@ -15,6 +15,7 @@ from jax_epmoe.config import Activation
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
 from jax_epmoe.kernels.grouped_gemm.reference import outer
+from jax_epmoe.kernels.quantize import quantize_input
 from jax_epmoe.kernels.rows import combine, dispatch
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
 from jax_epmoe.quant import QuantizedArray, QuantizedWeights
@@ -77,7 +78,14 @@ def run_experts(
 
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
     gate_up, down = _products(
-        tokens, w_gate_up, w_down, biases or (None, None), activation, multiply, deal=_mostly_here(plan, expected_rows)
+        tokens,
+        w_gate_up,
+        w_down,
+        biases or (None, None),
+        activation,
+        multiply,
+        backend,
+        deal=_mostly_here(plan, expected_rows),
     )
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -102,6 +110,7 @@ def _products(
     biases: tuple[jax.Array, jax.Array] | tuple[None, None],
     activation: Activation,
     multiply: Callable[..., Any],
+    backend: str | None,
     *,
     deal: bool,
 ) -> tuple[Callable[[_Chunk], Any], Callable[[_Chunk, Any], jax.Array]]:
@@ -121,7 +130,7 @@ def _products(
         return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes, bias=down_bias)
 
     with jax.named_scope("quantize"):
-        x = w_gate_up.quantize_input(tokens)
+        x = quantize_input(tokens, w_gate_up, backend)
     first, second = w_gate_up.weights, w_down.weights
 
     def gate_up(chunk: _Chunk) -> QuantizedArray:

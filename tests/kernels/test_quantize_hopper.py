@@ -20,11 +20,19 @@ def few_ctas(monkeypatch):
     reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize(("total", "num_rows", "n"), [(200, 150, 384), (64, 64, 128), (128, 0, 128), (256, 256, 256)])
-def test_it_quantises_the_rows_that_there_are_bit_for_bit(total, num_rows, n):
+@pytest.mark.parametrize(
+    ("total", "num_rows", "n", "dtype"),
+    [
+        (200, 150, 384, jnp.float32),
+        (64, 64, 128, jnp.float32),
+        (128, 0, 128, jnp.float32),
+        (256, 256, 256, jnp.bfloat16),
+    ],
+)
+def test_it_quantises_the_rows_that_there_are_bit_for_bit(total, num_rows, n, dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     rows = jax.random.normal(keys[0], (total, n)) * jnp.exp(4 * jax.random.normal(keys[1], (total, 1)))
-    rows = rows.at[3].set(0).at[num_rows:].set(jnp.nan)
+    rows = rows.astype(dtype).at[3].set(0).at[num_rows:].set(jnp.nan)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = jax.tree.map(np.asarray, quantize_hopper.quantize_groups(rows, jnp.int32(num_rows)))
     expected = quantize(rows, "group")
@@ -35,8 +43,9 @@ def test_it_quantises_the_rows_that_there_are_bit_for_bit(total, num_rows, n):
     assert got.granularity == "group"
 
 
-def test_it_lowers_for_cuda():
-    rows, num_rows = jax.ShapeDtypeStruct((49152, 1536), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_lowers_for_cuda(dtype):
+    rows, num_rows = jax.ShapeDtypeStruct((49152, 1536), dtype), jax.ShapeDtypeStruct((), jnp.int32)
     lowered = quantize_hopper.quantize_groups.trace(rows, num_rows).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
@@ -48,4 +57,5 @@ def test_what_is_served():
     assert of(64, 128)
     assert not of(56, 128)
     assert not of(64, 192)
-    assert not of(64, 128, dtype=jnp.bfloat16)
+    assert of(64, 128, dtype=jnp.bfloat16)
+    assert not of(64, 128, dtype=jnp.int32)
