@@ -2,7 +2,7 @@
 
 A small model of the given configuration's family, in each mode and format: logits of every position of a prefill, and of a decode step
 after it, against the same weights in float32 on one device. An error that rounding explains is at most `_SLACK` times that of
-the same format on one device; float32 itself is held to `_FLOAT32`.
+the same format on one device; float32 itself is held to `_FLOAT32`, with float8 weights to `_FLOAT8`.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from bench import multi_gpu_tables as tables
 from bench import roofline
 from bench.environment import environment
-from bench.layer_tables import FLOAT8_TOLERANCE
 from bench.roofline import failure
 from bench.sharded_decoder import ONE, PREFILL, Mode, ShardedDecoder, Step, modes, reduced
 from jax_epmoe.config import MLAConfig, ModelConfig
@@ -32,6 +31,7 @@ from jax_epmoe.mesh import initialize_distributed
 
 _SLACK = 1.5
 _FLOAT32 = 1e-4
+_FLOAT8 = 1e-1  # a scale a token is over a device's own part of k: with others, everything rounds anew
 _PROMPT = 64
 
 
@@ -181,7 +181,7 @@ def judge(
 ) -> dict[str, Any]:
     """Errors by norms, and whether rounding explains them."""
     error, of_one, difference = (distance(*pair) for pair in ((got, reference), (alone, reference), (got, alone)))
-    tolerance = FLOAT8_TOLERANCE if quantize else _FLOAT32  # a sum that is little off may round to the next float8
+    tolerance = _FLOAT8 if quantize else _FLOAT32
     right = difference < tolerance if dtype == "float32" else error < _SLACK * of_one
     return {"error": error, "error_of_one": of_one, "difference": difference, "right": bool(right)}
 

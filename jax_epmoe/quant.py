@@ -175,6 +175,28 @@ def expand_scales(
     return scales
 
 
+def slice_scales(
+    scales: jax.Array,
+    granularity: Granularity,
+    shape: tuple[int, ...],
+    start: tuple[jax.Array | int, jax.Array | int],
+) -> jax.Array:
+    """Of the scales of weights, those of a part of them of `shape [..., n, k]`, in the shape that `scale_shape` gives it.
+
+    `start`: where the part's first row and column lie, both at borders of tiles.
+    """
+    cut = [
+        (first // tile, -(-size // tile))
+        for first, size, tile in zip(start, shape[-2:], _TILES[granularity], strict=True)
+        if tile is not None
+    ]
+    for axis, (first, count) in enumerate(cut, start=-len(cut)):
+        if isinstance(first, int) and first == 0 and scales.shape[axis] == count:
+            continue
+        scales = jnp.take(scales, first + jnp.arange(count), axis=axis, mode="clip")  # past the end lies padding
+    return scales
+
+
 def _tiles(granularity: Granularity, n: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """How many tiles a matrix `[n, k]` has one below the other and how high they are; how many side by side and how wide."""
 

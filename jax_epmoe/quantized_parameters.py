@@ -1,4 +1,4 @@
-"""Parameters that are quantised: modules that stand where a parameter would, and give by `[...]` what is multiplied.
+"""Parameters that are quantised: modules that stand where a parameter would.
 
 Each has the parameters `values` (float8_e4m3fn), `scales` and, in a static format, `input_scales` (float32).
 """
@@ -12,9 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_epmoe.kernels.device import backend_on
 from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
 from jax_epmoe.parameters import parameter
-from jax_epmoe.quant import FP8, Format, QuantizedArray, QuantizedWeights, expand_scales, scale_shape
+from jax_epmoe.quant import (
+    BLOCK,
+    FP8,
+    Format,
+    QuantizedArray,
+    QuantizedWeights,
+    expand_scales,
+    scale_shape,
+    slice_scales,
+)
 
 # Random values as a dummy model has them: weights of standard deviation 0.02 that use float8's range, inputs of up to 22.
 SPREAD = 64.0
@@ -83,8 +93,8 @@ class ExpertWeights(_Quantized):
 class DenseWeights(_Quantized):
     """`[..., n, k]` whose scales, few as they are, lie on every device: any split will do.
 
-    `[...]` dequantises: this device's part in `dtype`, as an array of `view` (one dimension of it -1). A kernel for quantised
-    operands would take `values` and `scales` in `moe.gated_mlp.linear` instead.
+    `quantized()` is this device's part with its own scales, what `moe.gated_mlp.linear` multiplies by; `[...]` the part
+    dequantised to `dtype`. With `head_dim`, n is that of heads: products and `[...]` have heads and head_dim in its place.
     """
 
     def __init__(
@@ -96,24 +106,47 @@ class DenseWeights(_Quantized):
         dtype: jax.typing.DTypeLike,
         mesh: Mesh,
         rngs: nnx.Rngs,
-        view: Sequence[int] | None = None,
+        backend: str | None = None,
+        head_dim: int | None = None,
     ):
+        """`backend`: of products with these weights, as `grouped_gemm`'s."""
         scales = [None] * len(scale_shape(tuple(shape), format.weights))
         super().__init__(shape, partition, scales, [None] * (len(shape) - 2), format, mesh=mesh, rngs=rngs)
         self.dtype = jnp.dtype(dtype)
+        self.backend = backend_on(mesh, backend)
         self.whole = self.values.shape[-2:]
         self.axes = tuple(partition[-2:])
-        self.view = None if view is None else tuple(view)
+        self.head_dim = head_dim
 
     def __getitem__(self, key: Any) -> jax.Array:
         values = self.values[...]
+        scales = expand_scales(self.scales[...], self.format.weights, values.shape, self._start())
+        w = _dequantized(values, scales, self.dtype)
+        return w.reshape(*w.shape[:-2], *self.columns, w.shape[-1])[key]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """What a product with this device's part has in the place of k: n, or heads and head_dim."""
+        n = self.shape[-2]
+        return (n,) if self.head_dim is None else (n // self.head_dim, self.head_dim)
+
+    def quantized(self) -> QuantizedWeights | None:
+        """This device's part, `[..., n, k]`, and the scales of it alone; None where it begins or ends within a block."""
+        values, granularity = self.values[...], self.format.weights
+        cut = any(size < whole and size % BLOCK for size, whole in zip(values.shape[-2:], self.whole, strict=True))
+        if granularity == "block" and cut:
+            return None
+        scales = slice_scales(self.scales[...], granularity, values.shape, self._start())
+        input_scales = None if self.input_scales is None else self.input_scales[...]
+        return QuantizedWeights(QuantizedArray(values, scales, granularity), input_scales, self.format)
+
+    def _start(self) -> tuple[jax.Array | int, jax.Array | int]:
+        """The row and the column of the whole at which this device's part begins."""
         row, column = (
             jax.lax.axis_index(axes) * size if size < whole else 0
-            for axes, size, whole in zip(self.axes, values.shape[-2:], self.whole, strict=True)
+            for axes, size, whole in zip(self.axes, self.values.shape[-2:], self.whole, strict=True)
         )
-        scales = expand_scales(self.scales[...], self.format.weights, values.shape, (row, column))
-        w = _dequantized(values, scales, self.dtype)
-        return w[key] if self.view is None else w.reshape(self.view)[key]
+        return row, column
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -148,8 +181,9 @@ def dense_weights(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh,
     rngs: nnx.Rngs,
+    backend: str | None = None,
 ) -> nnx.Param | DenseWeights:
-    """A parameter `[..., n, k]`, quantised if there is a format."""
+    """A parameter `[..., n, k]`, quantised if there is a format; `backend`: as `DenseWeights`'."""
     if format is None:
         return parameter(shape, partition, mesh=mesh, dtype=dtype, rngs=rngs)
-    return DenseWeights(shape, partition, format, dtype=dtype, mesh=mesh, rngs=rngs)
+    return DenseWeights(shape, partition, format, dtype=dtype, mesh=mesh, rngs=rngs, backend=backend)

@@ -3,6 +3,7 @@
 import re
 
 import jax
+from jax.sharding import Mesh
 
 
 def compute_capability() -> int:
@@ -13,6 +14,11 @@ def compute_capability() -> int:
 
 def on_hopper() -> bool:
     return compute_capability() == 90
+
+
+def backend_on(mesh: Mesh, backend: str | None) -> str | None:
+    """`backend`; or "xla" where none is named and the mesh is of CPUs: kernels are chosen for the default device."""
+    return "xla" if backend is None and mesh.devices.flat[0].platform == "cpu" else backend
 
 
 def num_sms() -> int:

@@ -27,6 +27,7 @@ from jax_epmoe.models.kv_cache import Cache
 from jax_epmoe.moe.gated_mlp import linear
 from jax_epmoe.parameters import parameter, run_on_shards
 from jax_epmoe.quant import FP8
+from jax_epmoe.quantized_parameters import DenseWeights
 
 RopeTable = tuple[jax.Array, jax.Array]
 
@@ -206,6 +207,7 @@ class Attention(nnx.Module):
     """
 
     mesh: Mesh
+    o: nnx.Param | DenseWeights
     head_axes: tuple[str, ...]
     cache_spec: P
     cache_shapes: tuple[tuple[int, ...], ...]  # of one position of one sequence
@@ -251,9 +253,10 @@ class Attention(nnx.Module):
     def _on_device(self, x, rope, positions, cache, *, is_start):
         raise NotImplementedError
 
-    def _output(self, heads: jax.Array, o: jax.Array) -> jax.Array:
+    def _output(self, heads: jax.Array) -> jax.Array:
         """`heads [B, S, local heads, Dv]` through this device's columns of `o [H, local heads, Dv]`, summed."""
-        merged = linear(heads.reshape(*heads.shape[:2], -1), o.reshape(o.shape[0], -1))
+        o = self.o if isinstance(self.o, DenseWeights) else self.o[...].reshape(self.o.shape[0], -1)
+        merged = linear(heads.reshape(*heads.shape[:2], -1), o)
         merged = merged.astype(heads.dtype)
         return jax.lax.psum(merged, self.head_axes) if self.head_axes else merged
 
@@ -318,9 +321,9 @@ class GQA(Attention):
             self.k_norm = RMSNorm(kv_heads * dim, eps, axes=kv_axes, **new)
 
     def _on_device(self, x, rope, positions, cache, *, is_start):
-        q = linear(x, self.q[...])  # [B, S, local heads, D] float32
-        k = linear(x, self._own_heads(self.k[...]))
-        v = linear(x, self._own_heads(self.v[...]))
+        q = linear(x, self.q)  # [B, S, local heads, D] float32
+        k = linear(x, self._own_heads(self.k))
+        v = linear(x, self._own_heads(self.v))
         if self.config.qkv_bias:
             q += self.q_bias[...]
             k += self._own_heads(self.k_bias[...])
@@ -340,17 +343,17 @@ class GQA(Attention):
             k, v = (kv_cache.read(array, x.dtype) for array in cache)
         sinks = self.sinks[...] if self.config.sinks else None
         out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window, sinks=sinks)
-        out = self._output(out, self.o[...])
+        out = self._output(out)
         if self.config.o_bias:  # once, after the devices' parts are summed
             out += self.o_bias[...].astype(out.dtype)
         return out, cache
 
-    def _own_heads(self, kv: jax.Array) -> jax.Array:
-        """This device's KV heads `[local kv heads, ...]`: its shard, or the one head that its query heads read."""
+    def _own_heads[KV: (jax.Array, nnx.Param, DenseWeights)](self, kv: KV) -> KV | jax.Array:
+        """This device's KV heads `[local kv heads, ...]`: its shard as it is, or of all heads the one that its query heads read."""
         if self.devices_per_kv_head == 1:
             return kv
         head = jax.lax.axis_index(self.head_axes) // self.devices_per_kv_head
-        return jax.lax.dynamic_slice_in_dim(kv, head, 1)
+        return jax.lax.dynamic_slice_in_dim(kv[...], head, 1)
 
     def _norm_over_all_heads(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """OLMoE's QK norm: the mean square runs over every device's heads, so it takes one small all-reduce."""
@@ -423,7 +426,7 @@ class MLA(Attention):
         q = self._queries(x)  # [B, S, local heads, nope + rope] float32
         q_rope = rotate(q[..., nope:], rope, self.interleaved)
         q_nope = q[..., :nope]
-        kv = linear(x, self.kv_a[...])  # [B, S, kv_lora + rope] float32
+        kv = linear(x, self.kv_a)  # [B, S, kv_lora + rope] float32
         k_rope = rotate(kv[..., None, rank:], rope, self.interleaved)[:, :, 0]
         latent = jnp.concatenate([self.kv_a_norm(kv[..., :rank]), k_rope], axis=-1).astype(x.dtype)
         cached = cache is not None and not is_start
@@ -434,17 +437,17 @@ class MLA(Attention):
             latent = jnp.concatenate([kv_cache.read(array, x.dtype) for array in cache], axis=-1)
         form = self._absorbed if x.shape[1] == 1 else self._expanded
         out = form(q_nope, q_rope, latent, positions, cached)
-        return self._output(out, self.o[...]), cache
+        return self._output(out), cache
 
     def _queries(self, x: jax.Array) -> jax.Array:
         if self.config.q_lora_rank is None:
-            return linear(x, self.q[...])
-        return linear(self.q_a_norm(linear(x, self.q_a[...])).astype(x.dtype), self.q_b[...])
+            return linear(x, self.q)
+        return linear(self.q_a_norm(linear(x, self.q_a)).astype(x.dtype), self.q_b)
 
     def _expanded(self, q_nope, q_rope, latent, positions, cached):
         """Keys and values of every head, from the latent `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        kv = linear(latent[..., :rank], self.kv_b[...]).astype(latent.dtype)  # [B, L, local heads, nope + v]
+        kv = linear(latent[..., :rank], self.kv_b).astype(latent.dtype)  # [B, L, local heads, nope + v]
         k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
         k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1).astype(latent.dtype)

@@ -178,8 +178,10 @@ class DenseMLP(GatedMLP):
         rngs: nnx.Rngs,
         split_tokens: bool = False,
         quantization: Quantization = NOT_QUANTIZED,
+        backend: str | None = None,
     ):
-        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs, "quantization": quantization}
+        new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
+        new |= {"quantization": quantization, "backend": backend}
         super().__init__(hidden_size, intermediate_size, activation=activation, axes=TP_AXES, **new)
         self.mesh = mesh
         self.split_tokens = split_tokens

@@ -44,7 +44,7 @@ class DecoderLayer(nnx.Module):
             self.attention: GQA | MLA = GQA(attention, config.rope, hidden, eps, data_parallel=dp_attention, **new)
         else:
             self.attention = MLA(attention, config.rope, hidden, data_parallel=dp_attention, **new)
-        quantize_projections(self.attention, quantization.inside("attention"), **new)
+        quantize_projections(self.attention, quantization.inside("attention"), backend=backend, **new)
         self.mlp_norm = RMSNorm(hidden, eps, **new)
         if has_experts:
             self.moe = EPMoE(
@@ -61,6 +61,7 @@ class DecoderLayer(nnx.Module):
                 activation=config.moe.activation,
                 split_tokens=dp_attention,
                 quantization=quantization.inside("mlp"),
+                backend=backend,
                 **new,
             )
         self.has_experts = has_experts
@@ -109,7 +110,7 @@ class Decoder(nnx.Module):
           mesh: from `make_mesh`.
           dtype: of weights, activations and, unless asked otherwise, cache.
           rngs: whose `params` stream initialises the weights.
-          backend: of `grouped_gemm`; None picks the fastest.
+          backend: of `grouped_gemm`, and of products with other quantised weights; None picks the fastest.
           dp_attention: deal sequences, not heads, over the tensor-parallel group in attention. Its weights are then on every device, each
             key and value is cached once, and batches are multiples of `dp_size * tp_size`.
           quantization: of the weights of experts, attention and dense MLPs; the router, norms, embedding and head stay as they are.

@@ -9,29 +9,36 @@ from jax.sharding import Mesh
 from jax_epmoe.quant import Quantization
 from jax_epmoe.quantized_parameters import DenseWeights
 
-# The first of the two dimensions, heads and head_dim, that a matrix `[out, in]` holds as one.
+# Where an array has heads and head_dim, which a matrix `[out, in]` holds as one dimension.
 _HEADS = {"q": 0, "k": 0, "v": 0, "q_b": 0, "kv_b": 0, "o": 1}
 PROJECTIONS = (*_HEADS, "q_a", "kv_a")
 
 
 def quantize_projections(
-    attention: nnx.Module, quantization: Quantization, *, mesh: Mesh, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    attention: nnx.Module,
+    quantization: Quantization,
+    *,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+    backend: str | None = None,
 ) -> None:
     """Puts random quantised weights in the place of those parameters of an attention module that are to have them.
 
-    They give by `[...]` what the parameters gave, heads apart, dequantised to `dtype`.
+    They give by `[...]` what the parameters gave, dequantised to `dtype`; but `o`, which is `[H, heads * head_dim]`. `backend`: of
+    products with them.
     """
+    new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs, "backend": backend}
     partitions: Any = nnx.get_partition_spec(nnx.state(attention))
     for name in PROJECTIONS:
         format = quantization.of(name)
         if format is None or not hasattr(attention, name):
             continue
         shape, partition = getattr(attention, name).shape, tuple(partitions[name].get_value())
-        view: tuple[Any, ...] | None = None
+        head_dim = None
         if len(shape) == 3:
             at = _HEADS[name]
-            view = (*shape[:at], -1, *shape[at + 1 :])
+            head_dim = shape[1] if at == 0 else None
             shape = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
             partition = (*partition[: at + 1], *partition[at + 2 :])
-        weights = DenseWeights(shape, partition, format, dtype=dtype, mesh=mesh, rngs=rngs, view=view)
-        setattr(attention, name, weights)
+        setattr(attention, name, DenseWeights(shape, partition, format, head_dim=head_dim, **new))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.collectives import gather_tokens, sum_tokens
 from jax_epmoe.config import MoEConfig, require
+from jax_epmoe.kernels.device import backend_on
 from jax_epmoe.mesh import DATA, EXPERT, TENSOR, axes_size
 from jax_epmoe.moe.experts import default_chunk_rows, run_experts
 from jax_epmoe.moe.gated_mlp import GatedMLP
@@ -98,8 +99,7 @@ class EPMoE(nnx.Module):
         self.config = config
         self.mesh = mesh
         self.chunk_rows = chunk_rows
-        # Kernels are chosen for the default device; a mesh of CPU devices beside a GPU needs the definition.
-        self.backend = "xla" if backend is None and mesh.devices.flat[0].platform == "cpu" else backend
+        self.backend = backend_on(mesh, backend)
         self.data_axes = data
         self.expert_axis = expert_axis
         self.tensor_axis = tensor_axis
@@ -116,7 +116,8 @@ class EPMoE(nnx.Module):
             quantization,
             "of w_gate_up and w_down both, or of neither",
         )
-        self.is_quantized = format is not None
+        formats = [quantization.of(name) for name in ("w_gate_up", "shared.w_gate_up", "shared.w_down")]
+        self.tokens_share_a_scale = any(f is not None and f.activations == "tensor" and not f.static for f in formats)
         if format is not None and format.weights == "block":
             _require_whole_blocks(config, ep_size, axes_size(mesh, tensor_axis))
         new: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rngs": rngs}
@@ -139,6 +140,7 @@ class EPMoE(nnx.Module):
                 axes=reduced,
                 output_gate=config.shared_expert_gate,
                 quantization=quantization.inside("shared"),
+                backend=backend,
                 **new,
             )
             if shared_size
@@ -199,10 +201,10 @@ class EPMoE(nnx.Module):
             ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, local_experts)
+        if self.tokens_share_a_scale:
+            tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)  # padding has no say in it
         with jax.named_scope("shared_experts"):
             shared = None if self.shared is None else self.shared.partial_sum(tokens)
-        if self.is_quantized:
-            tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)  # padding has no say in a scale that all tokens share
         out = run_experts(
             tokens,
             self.w_gate_up[...],

@@ -1,5 +1,7 @@
 """Whole models in bfloat16, lowered for CUDA as on a Hopper GPU: every kernel and library takes its place inside the shard_maps."""
 
+import re
+
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
@@ -8,11 +10,14 @@ from flax import nnx
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
 from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from jax_epmoe.kernels import rows
-from jax_epmoe.kernels.grouped_gemm import hopper
+from jax_epmoe.kernels import quantize, rows
+from jax_epmoe.kernels.grouped_gemm import hopper, hopper_fp8
+from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.models import attention
 from jax_epmoe.models.decoder import Decoder
+from jax_epmoe.models.projections import quantize_projections
 from jax_epmoe.moe import router
+from jax_epmoe.quant import NOT_QUANTIZED, Quantization
 
 GQA = ModelConfig(
     vocab_size=64,
@@ -38,7 +43,7 @@ LENGTH = 64
 
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
-    for module in (hopper, rows, router, attention):
+    for module in (hopper, hopper_fp8, quantize, rows, router, attention):
         monkeypatch.setattr(module, "on_hopper", lambda: True)
     monkeypatch.setattr(attention, "compute_capability", lambda: 90)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -46,10 +51,18 @@ def pretend_hopper(monkeypatch):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
 
 
-def lowered(config: ModelConfig, tp_size: int, ep_size: int, new_tokens: int, is_start: bool = False) -> str:
+def lowered(
+    config: ModelConfig,
+    tp_size: int,
+    ep_size: int,
+    new_tokens: int,
+    is_start: bool = False,
+    quantization: Quantization = NOT_QUANTIZED,
+) -> str:
     """The program that runs `new_tokens` tokens of 4 sequences; all of a sequence at once, without a cache, if they are `LENGTH`."""
     mesh = make_mesh(tp_size, ep_size)
-    model = nnx.eval_shape(lambda: Decoder(config, mesh=mesh, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), backend="hopper"))
+    options = {"mesh": mesh, "dtype": jnp.bfloat16, "backend": "hopper", "quantization": quantization}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(model)
     tokens, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, new_tokens), (4,)))
     if new_tokens == LENGTH:
@@ -87,6 +100,55 @@ def test_a_prompts_first_chunk_reads_no_cache(config):
     assert "fmhaScaleBias" in later  # a mask over the cache
     assert "fmhaScaleBias" not in first
     assert "cudnn" in first
+
+
+FP8_GQA = GQA.replace(attention=GQAConfig(num_heads=12, num_kv_heads=4, head_dim=64))
+FP8_MLA = GQA.replace(
+    attention=MLAConfig(
+        num_heads=12, q_lora_rank=384, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64
+    )
+)
+CASES = {  # a model, tokens, tp_size, the format; `[n, k]` of what a device has of its matrices
+    "gqa, a token": (FP8_GQA, 1, 1, "fp8-block", ("768x256", "256x256", "256x768")),
+    "gqa, a whole sequence": (FP8_GQA, LENGTH, 2, "fp8-channel", ("384x256", "128x256", "256x384")),
+    "mla, a token": (FP8_MLA, 1, 2, "fp8-block", ("384x256", "768x384", "192x256", "256x384")),
+    "mla, a whole sequence": (FP8_MLA, LENGTH, 1, "fp8-block", ("384x256", "1536x384", "192x256", "1536x128", "256x768")),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "new_tokens", "tp_size", "name", "matrices"), CASES.values(), ids=CASES.keys())
+def test_a_model_s_float8_matrices_are_multiplied_as_they_are(config, new_tokens, tp_size, name, matrices):
+    program = lowered(config, tp_size, tp_size, new_tokens, quantization=Quantization(name))
+    for matrix in matrices:
+        assert f"tensor<1x1x{matrix}xf8E4M3FN>" in program  # as the kernel takes it
+        assert not re.search(rf"stablehlo\.convert .*\(tensor<{matrix}xf8E4M3FN>\) ->", program), (
+            f"{matrix} is dequantised"
+        )
+
+
+def test_attention_s_float8_matrices_are_multiplied_as_they_are(monkeypatch):
+    """Queries, keys, values and output, all of one size here: one kernel."""
+    monkeypatch.setattr(
+        hopper_fp8, "choose_tiling", lambda **_: Tiling(columns=128, heights=(16,), block_k=128, stages=2)
+    )
+    config, new = GQAConfig(num_heads=8, num_kv_heads=8, head_dim=64), {"mesh": make_mesh(), "dtype": jnp.bfloat16}
+
+    def make():
+        rngs = nnx.Rngs(0)
+        module = attention.GQA(config, GQA.rope, 512, 1e-6, rngs=rngs, **new)
+        quantize_projections(module, Quantization("fp8-block"), backend="hopper", rngs=rngs, **new)
+        return module
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    x, table = jax.ShapeDtypeStruct((4, 1, 512), jnp.bfloat16), jax.ShapeDtypeStruct((4, 1, 32), jnp.float32)
+    positions = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    run = jax.jit(lambda state, x, table, at: nnx.merge(graphdef, state)(x, (table, table), at, None)[0])
+    program = run.trace(state, x, table, positions).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tensor<1x1x512x512xf8E4M3FN>" in program
+    assert len(re.findall(r"call @_run\w*\(", program)) == 4
+    for dequantised in ("512x512xbf16", "512x512xf32", "8x64x512xbf16", "512x8x64xbf16"):
+        assert dequantised not in program
 
 
 def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():

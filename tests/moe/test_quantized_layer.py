@@ -14,9 +14,9 @@ from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.moe import experts as experts_module
 from jax_epmoe.quant import FORMATS, FP8_MAX, Quantization, dequantize, quantize
 
-H, I, SHARED, E, K, T = 320, 512, 200, 8, 3, 48  # noqa: E741  H and SHARED end within a block
+H, I, SHARED, E, K, T = 320, 512, 1023, 8, 3, 48  # noqa: E741  H and SHARED end within a block, which no mesh cuts
 CONFIG = MoEConfig(H, I, E, K, norm_topk_prob=True, shared_intermediate_size=SHARED)
-GOALS = {"fp8-block": 0.04, "fp8-channel": 0.05, "fp8-tensor": 0.06, "fp8-tensor-static": 0.06}
+GOALS = {"fp8-block": 0.05, "fp8-channel": 0.05, "fp8-tensor": 0.06, "fp8-tensor-static": 0.06}
 MESHES = ((1, 1, 1), (8, 8, 1), (4, 1, 1), (4, 2, 2))  # tp_size, ep_size, dp_size
 CASES = [
     (name, sizes)
