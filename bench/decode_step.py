@@ -58,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--num-continuous-decode-steps", type=int, default=1, metavar="N", help="steps a call (default 1)"
     )
+    parser.add_argument("--quantize", choices=roofline.QUANTIZATIONS, help="the weights' format; default: bfloat16")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start no model after")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
@@ -69,9 +70,9 @@ def _arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + args.time_limit
-    output = args.output or result_path("decode_step")
+    output = args.output or result_path("-".join(filter(None, ["decode_step", args.quantize])))
     result: dict[str, Any] = {"format": 1, **environment(), "peer_versions": {}, "ceilings": ceilings_here()}
-    result |= {"batch_size": args.batch_size, "context": args.context, "models": []}
+    result |= {"quantize": args.quantize, "batch_size": args.batch_size, "context": args.context, "models": []}
     result["num_continuous_decode_steps"] = args.num_continuous_decode_steps
     for folder in tqdm(args.models, desc="models"):
         if time.monotonic() > deadline:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             break
         try:
             steps, copy_gbs = args.num_continuous_decode_steps, result["ceilings"]["copy_gbs"]
-            seen = measure(folder, args.batch_size, args.context, steps, copy_gbs)
+            seen = measure(folder, args.quantize, args.batch_size, args.context, steps, copy_gbs)
         except Exception as error:  # memory: the next model may fit
             seen = failure(error)
         gc.collect()
@@ -129,9 +130,11 @@ def _random_like(zeros: jax.Array) -> jax.Array:
     return draw(zeros)
 
 
-def measure(folder: Path, batch_size: int, context: int, steps: int, copy_gbs: float) -> dict[str, Any]:
+def measure(
+    folder: Path, quantize: str | None, batch_size: int, context: int, steps: int, copy_gbs: float
+) -> dict[str, Any]:
     """One model's times and what they should be, in microseconds; its weights are gone when this returns."""
-    model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype=DTYPE)
+    model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype=DTYPE, quantization=quantize)
     started = time.perf_counter()
     step = Step(model, batch_size, context, steps)
     compile_seconds = time.perf_counter() - started
@@ -180,7 +183,7 @@ def weight_bytes_read(model: Decoder, used: np.ndarray, batch_size: int) -> int:
         total -= (len(table) - batch_size) * (table.nbytes // len(table))
     moe_layers = [layer.moe for layer in model.layers if layer.has_experts]
     for moe, count in zip(moe_layers, used, strict=True):
-        for experts in (moe.w_gate_up[...], moe.w_down[...]):
+        for experts in jax.tree.leaves((moe.w_gate_up[...], moe.w_down[...])):  # with their scales
             total -= (len(experts) - int(count)) * (experts.nbytes // len(experts))
     return total
 

@@ -58,6 +58,12 @@ def test_bytes_by_hand(folder):
     assert decode_step.cache_bytes_read(model.init_cache(4, 64), 60) == 2 * 2 * 2 * 4 * 60 * heads
 
 
+def test_a_quantised_experts_bytes_are_those_of_its_values_and_scales(folder):
+    model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="bfloat16", quantization="fp8-channel")
+    some, more = (decode_step.weight_bytes_read(model, np.array([used]), batch_size=4) for used in (5, 8))
+    assert more - some == 3 * (3 * 16 * 32 + 4 * (2 * 16 + 32))
+
+
 def test_a_run_measures_the_engines_own_step(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(decode_step, "ceilings_here", lambda: {"dense_tflops": 1.0, "copy_gbs": 1.0})
     output = tmp_path / "result.json"
