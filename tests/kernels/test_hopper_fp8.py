@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.float8_cases import KINDS, make_inputs, run
 
 from jax_epmoe.config import ClampedSwiGLU
-from jax_epmoe.kernels.grouped_gemm import hopper_fp8, reference, tuning
+from jax_epmoe.kernels.grouped_gemm import hopper_fp8, hopper_fp8_large, reference, tuning
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.quant import FP8, dequantize, scale_shape
 
@@ -40,6 +40,15 @@ CASES = {
     "channels, a gate, k in parts": {
         "kinds": KINDS["channel"], "gated": True, "k": 384, "n": 136, "sizes": (16,), "rows": 16, "splits": 3,
     },
+    "large groups": {"sizes": (3, 0, 206, 5), "rows": 216, "k": 160, "tiling": hopper_fp8_large.large_tiling(gated=False)},
+    "large groups, gpt-oss's gate in float32, an odd number of column tiles": {
+        "sizes": (3, 0, 206, 5), "rows": 216, "gated": True, "bias": True, "out_dtype": jnp.float32,
+        "tiling": hopper_fp8_large.large_tiling(gated=True),
+    },
+    "large groups, channels, a bias": {
+        "kinds": KINDS["channel"], "sizes": (70, 66), "rows": 136, "k": 256, "bias": True,
+        "tiling": hopper_fp8_large.large_tiling(gated=False),
+    },
     "rows that 8 does not divide": {"kinds": KINDS["tensor"], "rows": 61, "sizes": (30, 7, 24)},
 }  # fmt: skip
 
@@ -58,6 +67,8 @@ SLOW = (
     "one scale an expert, groups of x",
     "channels, two a step",
     "blocks, a gather",
+    "large groups, gpt-oss's gate in float32, an odd number of column tiles",
+    "large groups, channels, a bias",
 )
 
 
@@ -108,6 +119,7 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
         (192, 20, 5120, 1536, True, KINDS["block"], "group"),
         (512, 128, 768, 2048, False, KINDS["channel"], None),
         (96, 32, 416, 136, False, KINDS["block"], None),
+        (4800, 20, 5120, 1536, True, KINDS["block"], "group"),
         (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
     ],
 )
@@ -115,7 +127,10 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
     out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
     tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
-    used = tiling.stages * (height + weights) * tiling.block_k + height * 128 * out_dtype.itemsize
+    output = height * 128 * out_dtype.itemsize
+    if tiling == hopper_fp8_large.large_tiling(gated=gated):
+        output = height * 128 * tiling.slots  # 128 bytes of a row at a time
+    used = tiling.stages * (height + weights) * tiling.block_k + output
     assert tiling.stages >= 2
     assert used <= tuning.SHARED_MEMORY_LIMIT
     w_shape = (experts, 2, n, k) if gated else (experts, n, k)

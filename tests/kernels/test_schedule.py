@@ -61,6 +61,34 @@ def test_the_docstrings_example():
     assert listed.tolist() == [[0, 0, 2, 0, 130, 72], [0, 0, 2, 0, 130, 72], [2, 2, 1, 130, 136, 8]]
 
 
+@pytest.mark.parametrize("skew", [0.2, *(pytest.param(skew, marks=pytest.mark.slow) for skew in (1.0, 5.0))])
+def test_rests_come_after_all_high_tiles_the_lower_the_later(skew):
+    random = np.random.default_rng(1)
+    sizes = random.multinomial(5000, random.dirichlet(np.full(20, skew))).tolist()
+    work = {"rows": 5000, "heights": (64, 128, 192), "largest_heights": (192,), "column_tiles": 4, "num_ctas": 66}
+    groups, rests, start = [], [], 0
+    for expert, size in enumerate(sizes):
+        end = start + size
+        first_row = start // 8 * 8
+        slabs = math.ceil(end / 8) - start // 8 if size else 0
+        whole, rest = divmod(slabs, 24)
+        if whole:
+            groups.append((expert, whole, start, end, 192))
+        if rest:
+            rests.append((expert, 1, first_row + 192 * whole if whole else start, end, rest * 8))
+        start = end
+    rests.sort(key=lambda rest: -math.ceil(rest[-1] / 64))
+    listed = []
+    for expert, tiles, *ends_and_height in groups + rests:
+        listed += [[expert, len(listed), tiles, *ends_and_height]] * tiles
+    assert made(sizes, **work, rest_apart=True).tolist() == listed
+
+
+def test_a_single_group_s_rest_is_its_last_tile():
+    work = {"rows": 504, "heights": (64, 128, 192), "largest_heights": (192,), "column_tiles": 4, "num_ctas": 66}
+    assert made([500], **work, rest_apart=True).tolist() == [[0, 0, 3, 0, 500, 192]] * 3
+
+
 DECODE = {"rows": 512, "heights": (16, 32), "largest_heights": (32,), "column_tiles": 12, "num_ctas": 132}
 PREFILL = {
     "rows": 6144, "heights": (32, 64, 80, 96, 112, 128), "largest_heights": (128, 112, 96, 80, 64), "column_tiles": 12,

@@ -19,7 +19,7 @@ from jax_epmoe.config import Activation
 from jax_epmoe.kernels import quantize_hopper, rows_hopper
 from jax_epmoe.kernels.activations import gate, gated
 from jax_epmoe.kernels.device import num_sms, on_hopper
-from jax_epmoe.kernels.grouped_gemm import schedule, tiles
+from jax_epmoe.kernels.grouped_gemm import hopper_fp8_large, schedule, tiles
 from jax_epmoe.kernels.grouped_gemm.layout import FP8_K_ALIGNMENT, OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
 from jax_epmoe.kernels.grouped_gemm.reference import quantize_rows
 from jax_epmoe.kernels.grouped_gemm.tuning import SHARED_MEMORY_LIMIT, Tiling
@@ -77,13 +77,16 @@ def quantized_matmul(
         tiling, splits = _choose(rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks)
     # Parts of k are summed before gate and up are gated, so these are columns like others.
     side_by_side = (experts, parts, n) if splits == 1 else (experts, 1, parts * n)
+    large = tiling.heights == hopper_fp8_large.HEIGHTS
+    together = hopper_fp8_large.PAIR if large else 1  # CTAs
     plan = schedule.make_schedule(
         group_sizes,
         rows=rows + padding,
         heights=tiling.heights,
         largest_heights=tiling.largest_heights or tiling.heights[-1:],
-        column_tiles=splits * pl.cdiv(side_by_side[-1], tiling.columns),
-        num_ctas=num_sms(),
+        column_tiles=splits * pl.cdiv(side_by_side[-1], tiling.columns * together),
+        num_ctas=num_sms() // together,
+        rest_apart=large,
     )
     if x_scale.ndim == 0:
         x_scale = jnp.broadcast_to(x_scale, x.shape[:1])
@@ -106,7 +109,9 @@ def quantized_matmul(
         w_scale = jnp.broadcast_to(w_scale.reshape(experts, parts, n if by_channel else 1), (experts, parts, n))
         w_scale = jnp.pad(w_scale.reshape(side_by_side), past_the_end)
     bias = None if bias is None else bias.astype(jnp.float32).reshape(side_by_side)
-    run = functools.partial(_run, x, w.reshape(*side_by_side, k), x_scale, w_scale, plan)
+    run = functools.partial(
+        hopper_fp8_large.run if large else _run, x, w.reshape(*side_by_side, k), x_scale, w_scale, plan
+    )
     options: dict[str, Any] = {"tiling": tiling, "num_ctas": num_sms()}
     if splits == 1:
         bias = None if bias is None else jnp.pad(bias, past_the_end)
@@ -124,6 +129,8 @@ def quantized_matmul(
 def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype) -> Tiling:
     """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256."""
     rows_per_expert = rows / experts
+    if rows_per_expert >= _MANY_ROWS:
+        return hopper_fp8_large.large_tiling(gated=gated)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= (64 if experts == 1 else 48):
@@ -162,6 +169,7 @@ def _choose(
 
 
 _FEWEST_STEPS = 4
+_MANY_ROWS = 256
 _HEIGHTS = (64, 80, 96, 104, 112, 128)
 
 

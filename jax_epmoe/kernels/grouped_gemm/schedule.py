@@ -50,7 +50,9 @@ def max_tiles(rows: int, experts: int, largest_heights: Sequence[int]) -> int:
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
-@functools.partial(jax.jit, static_argnames=("rows", "heights", "largest_heights", "column_tiles", "num_ctas"))
+@functools.partial(
+    jax.jit, static_argnames=("rows", "heights", "largest_heights", "column_tiles", "num_ctas", "rest_apart")
+)
 def make_schedule(
     group_sizes: jax.Array,
     *,
@@ -59,6 +61,7 @@ def make_schedule(
     largest_heights: tuple[int, ...],
     column_tiles: int,
     num_ctas: int,
+    rest_apart: bool = False,
 ) -> jax.Array:
     """Lists the row tiles.
 
@@ -69,6 +72,8 @@ def make_schedule(
       largest_heights: candidates for the largest height of a tile, multiples of 8.
       column_tiles: how many tiles lie side by side in each row tile.
       num_ctas: how many tiles run at a time.
+      rest_apart: do not cut groups evenly: into tiles of the largest height (one candidate) and a rest, which is listed as if it
+        were a group of its own.
 
     Returns:
       `[8, max_tiles, rounded up to 64]` int32, rows as named above; columns past the number of tiles hold zeros but for both numbers.
@@ -82,8 +87,10 @@ def make_schedule(
     across = -(-experts // _DOWN) * _DOWN
     blocks = -(-max_tiles(rows, experts, largest_heights) // _DOWN)
     if experts == len(largest_heights) == 1:
-        return _one_group(group_sizes[0].astype(jnp.int32), largest_heights[0], blocks * _DOWN)
+        return _one_group(group_sizes[0].astype(jnp.int32), largest_heights[0], blocks * _DOWN, evenly=not rest_apart)
     candidates = -(-len(largest_heights) // 4) * 4
+    assert len(largest_heights) == 1 or not rest_apart, largest_heights
+    entries = 2 * across if rest_apart else across  # groups to list
     # Several CTAs share the rows of a block where all of them can run at once.
     shares = next(shares for shares in (6, 3, 2, 1) if shares * blocks <= num_ctas or shares == 1)
     slab_heights = [height // ROW_ALIGNMENT for height in heights]
@@ -178,19 +185,37 @@ def make_schedule(
                 best = lax.min(times[i], best)
 
         slab, expert = load(slabs, _BY_EXPERT), number((across,), 0, _BY_EXPERT).astype(f32)
-        tiles = divide_up(slab, largest)
-        height = divide_up(slab, jnp.maximum(tiles, 1))
-        key = -expert
-        for low in slab_heights[:-1]:
-            key = key + jnp.where(height > low, f32(across), 0)
-        keys[...] = key
-        columns[EXPERT, :], columns[NUM_TILES, :], columns[HEIGHT, :] = expert, tiles, height * ROW_ALIGNMENT
+
+        def enter(first, tiles, height):
+            part = pl.ds(first, across)
+            key = -first - expert
+            for low in slab_heights[:-1]:
+                key = key + jnp.where(height > low, f32(entries), 0)
+            keys[part] = key
+            columns[EXPERT, part], columns[NUM_TILES, part], columns[HEIGHT, part] = (
+                expert,
+                tiles,
+                height * ROW_ALIGNMENT,
+            )
+
+        if rest_apart:
+            whole = floor((slab + 0.5) / largest)
+            rest = slab - whole * largest
+            enter(0, whole, jnp.where(whole > 0, largest, 0))
+            enter(across, one_where(rest > 0), rest)
+            start, end = (load(columns.at[name, pl.ds(0, across)], _BY_EXPERT) for name in (START, END))
+            start_of_rest = (floor(start / ROW_ALIGNMENT) + whole * largest) * ROW_ALIGNMENT
+            columns[START, pl.ds(across, across)] = jnp.maximum(start, start_of_rest)
+            columns[END, pl.ds(across, across)] = end
+        else:
+            tiles = divide_up(slab, largest)
+            enter(0, tiles, divide_up(slab, jnp.maximum(tiles, 1)))
         plgpu.commit_smem()
 
-        @pl.loop(0, across, step=_DOWN)
+        @pl.loop(0, entries, step=_DOWN)
         def _sort(part_start):
             part = pl.ds(part_start, _DOWN)
-            own = spread(load(keys.at[part], _DOWNWARDS), (_DOWN, across), 0, _MATRIX)
+            own = spread(load(keys.at[part], _DOWNWARDS), (_DOWN, entries), 0, _MATRIX)
             is_earlier = one_where(along_rows(load(keys, _ACROSS)) > own)
             first = row_sums(is_earlier * along_rows(load(columns.at[NUM_TILES], _ACROSS)))
             columns[FIRST_TILE, part] = first
@@ -199,7 +224,7 @@ def make_schedule(
 
         plgpu.commit_smem()
         tiles = along_rows(load(columns.at[NUM_TILES], _ACROSS))
-        tile = (number((_DOWN, across), 0, _MATRIX) + block * _DOWN).astype(f32)
+        tile = (number((_DOWN, entries), 0, _MATRIX) + block * _DOWN).astype(f32)
         is_owner = one_where(jnp.abs(2 * tile - along_rows(load(centres, _ACROSS))) < tiles)  # at most one a row
         here = pl.ds(block * _DOWN, _DOWN)
         for i in range(TOTAL // shares):
@@ -211,11 +236,11 @@ def make_schedule(
             schedule_gmem[TOTAL, here] = row_sums(tiles).astype(i32)
             schedule_gmem[NUM_ROWS, here] = row_sums(along_rows(before)).astype(i32)
 
-    vector, table = plgpu.SMEM((across,), f32), plgpu.SMEM((TOTAL, across), f32)
+    vector, entry, table = (plgpu.SMEM(shape, f32) for shape in ((across,), (entries,), (TOTAL, entries)))
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((8, blocks * _DOWN), i32),
-        scratch_types=[vector, vector, plgpu.SMEM((candidates,), i32), vector, vector, table],
+        scratch_types=[vector, vector, plgpu.SMEM((candidates,), i32), entry, entry, table],
         grid=(blocks, shares),
         grid_names=("block", "share"),
         # What is written is read after `commit_smem`, which waits for the whole warpgroup.
@@ -223,11 +248,14 @@ def make_schedule(
     )(group_sizes.astype(i32))
 
 
-def _one_group(size: jax.Array, largest_height: int, columns: int) -> jax.Array:
-    """`make_schedule` of a single group of `size` rows: a constant where that is one, and nothing to run."""
+def _one_group(size: jax.Array, largest_height: int, columns: int, *, evenly: bool) -> jax.Array:
+    """`make_schedule` of a single group of `size` rows: a constant where that is one, and nothing to run.
+
+    If not `evenly`, all tiles but the last are of the largest height; that is where a rest would come anyway.
+    """
     slabs = pl.cdiv(size, ROW_ALIGNMENT)
     tiles = pl.cdiv(slabs, largest_height // ROW_ALIGNMENT)
-    height = pl.cdiv(slabs, jnp.maximum(tiles, 1)) * ROW_ALIGNMENT
+    height = pl.cdiv(slabs, jnp.maximum(tiles, 1)) * ROW_ALIGNMENT if evenly else jnp.int32(largest_height)
     of_tiles = {NUM_TILES: tiles, END: size, HEIGHT: height}
     entries = jnp.stack([of_tiles.get(name, jnp.int32(0)) for name in range(TOTAL)])
     everywhere = jnp.stack([tiles, size])

@@ -27,11 +27,20 @@ class Tile(NamedTuple):
 
 
 class Walk:
-    """The tiles of one CTA of `num_ctas`, in the order of the schedule, row tiles of an expert that share weights side by side."""
+    """The tiles of one CTA of `num_ctas`, in the order of the schedule, row tiles that share weights side by side (`band` of them)."""
 
-    def __init__(self, plan_gmem: Any, cta: jax.Array, *, num_ctas: int, column_tiles: int, heights: Sequence[int]):
+    def __init__(
+        self,
+        plan_gmem: Any,
+        cta: jax.Array,
+        *,
+        num_ctas: int,
+        column_tiles: int,
+        heights: Sequence[int],
+        band: int | None = None,
+    ):
         self._plan, self._cta, self._num_ctas = plan_gmem, cta, num_ctas
-        self._column_tiles, self._heights = column_tiles, heights
+        self._column_tiles, self._heights, self._band = column_tiles, heights, band
         self._total = plan_gmem[schedule.TOTAL, 0] * column_tiles
         self.steps = lax.div(self._total - cta + (num_ctas - 1), i32(num_ctas))  # how many tiles
 
@@ -84,23 +93,32 @@ class Walk:
         index = lax.max(lax.min(step * self._num_ctas + self._cta, self._total - 1), i32(0))
         row = lax.div(index, i32(self._column_tiles))
         expert, first, count, start, end, height = (self._plan[name, row] for name in range(schedule.TOTAL))
-        within = index - first * self._column_tiles
-        column_tile = lax.div(within, count)
-        first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + (within - column_tile * count) * height
+        row_tile, column_tile = place(index - first * self._column_tiles, count, self._column_tiles, self._band)
+        first_row = lax.div(start, i32(ROW_ALIGNMENT)) * ROW_ALIGNMENT + row_tile * height
         low, high = lax.max(start - first_row, i32(0)), lax.min(end - first_row, height)
         code = sum(((high > h).astype(i32) for h in self._heights[:-1]), start=i32(0))
         return Tile(expert, column_tile, first_row, low, high, code)
 
 
+def place(within: jax.Array, row_tiles: jax.Array, column_tiles: int, band: int | None) -> tuple[jax.Array, jax.Array]:
+    """Row tile and column tile of a group's tile number `within`: `band` row tiles (or all) go through all columns before others."""
+    top = i32(0)
+    if band:
+        top = lax.div(within, i32(band * column_tiles)) * band
+        within, row_tiles = within - top * column_tiles, lax.min(row_tiles - top, i32(band))
+    column_tile = lax.div(within, row_tiles)
+    return top + within - column_tile * row_tiles, column_tile
+
+
 def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) -> None:
-    """Copies the expert's rows of a tile's block `[max height, 64]` to `out`; others belong to the neighbouring groups."""
-    max_height = block_smem.shape[0]
+    """Copies the expert's rows of a tile's block `[max height, columns]` to `out`; others belong to the neighbouring groups."""
+    max_height, columns = block_smem.shape
     first_row, size = pl.multiple_of(tile.first_row, ROW_ALIGNMENT), lax.max(tile.high - tile.low, i32(0))
 
     @pl.when(size == max_height)
     def _():
         plgpu.copy_smem_to_gmem(
-            block_smem, out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, 64)], commit_group=False
+            block_smem, out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, columns)], commit_group=False
         )
 
     @pl.when(size != max_height)
@@ -113,7 +131,7 @@ def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) ->
             def _(piece=piece, offset=offset):
                 plgpu.copy_smem_to_gmem(
                     block_smem.at[pl.ds(offset, piece)],
-                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, 64)],
+                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, columns)],
                     commit_group=False,
                 )
 

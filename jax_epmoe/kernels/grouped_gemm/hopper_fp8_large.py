@@ -1,0 +1,223 @@
+"""hopper_fp8.py's product for groups of many rows: rows on wgmma's m, and three warpgroups of 64 rows each.
+
+While a warpgroup promotes, the tensor cores need work from another. Two warpgroups with two products a step each tend to promote
+at the same time; of three with one product each, two are multiplying while the third promotes. A thread's accumulator spans two rows, so it
+scales by two numbers, where operands swapped it would be 32. CTAs come in pairs, side by side in n: each loads half of a tile's rows for both.
+
+A tile's height counts in steps of 64, a warpgroup's: that suits groups of several tiles.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.config import Activation
+from jax_epmoe.kernels.activations import gated
+from jax_epmoe.kernels.grouped_gemm import tiles
+from jax_epmoe.kernels.grouped_gemm.layout import OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
+from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
+from jax_epmoe.quant import BLOCK, FP8
+
+PAIR = 2  # CTAs of a cluster
+HEIGHTS = (64, 128, 192)
+_CONSUMERS = 3
+_OWN_ROWS = 64  # of a warpgroup
+_BAND = 16  # row tiles that go through all columns before the next ones do, so that they stay in the L2
+
+
+def large_tiling(*, gated: bool) -> Tiling:
+    """The one tiling: 128 rows of w a tile, with a gate 64 of either half."""
+    return Tiling(columns=64 if gated else 128, heights=HEIGHTS, block_k=BLOCK, stages=4, slots=2)
+
+
+# Under jit of its own, so that a model's layers share one trace and one compilation.
+@functools.partial(jax.jit, static_argnames=("activation", "tiling", "num_ctas", "out_dtype"))
+def run(
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    plan: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: Activation | None,
+    tiling: Tiling,
+    num_ctas: int,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """`hopper_fp8._run`, for a plan of `num_ctas // PAIR` pairs and tiles `PAIR * tiling.columns` wide."""
+    rows, k = x.shape
+    parts, n = w.shape[1:3]
+    columns, stages = tiling.columns, tiling.stages
+    k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, columns)
+    stored_columns = 128 // out_dtype.itemsize  # at a time: a row of the widest swizzle
+    slots = min(tiling.slots, columns // stored_columns)
+    scaled_at_the_end = w_scale.ndim == 3
+    i32, f32 = jnp.int32, jnp.float32
+    by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+    def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
+        *bias_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty = refs
+        warpgroup = lax.axis_index("warpgroup")
+        walk = tiles.Walk(
+            plan_gmem,
+            lax.axis_index("pair"),
+            num_ctas=num_ctas // PAIR,
+            column_tiles=pl.cdiv(column_tiles, PAIR),
+            heights=tiling.heights,
+            band=_BAND,
+        )
+
+        def column_tile(tile):
+            """This CTA's of the pair's two; the last one twice, if there is an odd number."""
+            return lax.min(tile.column_tile * PAIR + lax.axis_index("cta"), column_tiles - 1)
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(32, action="decrease")
+
+            def begin(tile):
+                first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
+                own_columns = pl.ds(column_tile(tile) * columns, columns)
+
+                def load(height, k_step, stage):
+                    ks, top = pl.ds(k_step * BLOCK, BLOCK), pl.ds(0, height)
+                    plgpu.copy_gmem_to_smem(
+                        x_gmem.at[pl.ds(first_row, height), ks],
+                        x_smem.at[stage, top],
+                        full.at[stage],
+                        collective_axes="cta",
+                    )
+                    for part in range(parts):
+                        plgpu.copy_gmem_to_smem(
+                            w_gmem.at[tile.expert, part, own_columns, ks],
+                            w_smem.at[stage, pl.ds(part * columns, columns)],
+                            full.at[stage],
+                        )
+                    if not scaled_at_the_end:
+                        plgpu.copy_gmem_to_smem(
+                            xs_gmem.at[k_step, pl.ds(first_row, height)], xs_smem.at[stage, top], full.at[stage]
+                        )
+
+                return load
+
+            walk.produce(k_steps, stages, empty, begin)
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(160, action="increase")
+            own = pl.ds(warpgroup * _OWN_ROWS, _OWN_ROWS)
+
+            def multiply_tile(step, tile):
+                first_column = column_tile(tile) * columns
+                offset = warpgroup * _OWN_ROWS
+                own_tile = tile._replace(
+                    first_row=tile.first_row + offset,
+                    low=lax.max(tile.low - offset, i32(0)),
+                    high=lax.min(tile.high - offset, i32(_OWN_ROWS)),
+                )
+
+                def wait_for(k_step):
+                    stage = lax.rem(step * k_steps + k_step, i32(stages))
+                    plgpu.barrier_wait(full.at[stage])
+                    return stage
+
+                def along_rows(ref, width):
+                    values = plgpu.load(ref, layout=by_column, optimized=False)
+                    return lax.broadcast_in_dim(values, (_OWN_ROWS, width), (1,))
+
+                def along_columns(values, width):
+                    return lax.broadcast_in_dim(values, (_OWN_ROWS, width), (0,))
+
+                def weight_scales(k_step):
+                    """Of one step, a scalar for each part."""
+                    if scaled_at_the_end:
+                        return ()
+                    block = lax.div(first_column, i32(BLOCK))
+                    k_block = lax.min(k_step, k_steps - 1)
+                    return tuple(ws_gmem[tile.expert, part, block, k_block] for part in range(parts))
+
+                def k_body(k_step, carry):
+                    sums, of_weights = carry
+                    stage = wait_for(k_step)
+                    following = weight_scales(k_step + 1)
+
+                    def multiply(accumulator):
+                        plgpu.wgmma(accumulator, x_smem.at[stage, own], w_smem.at[stage].T)
+                        if scaled_at_the_end:
+                            return accumulator[...], None
+                        of_rows = plgpu.load(xs_smem.at[stage, own], layout=by_row, optimized=False)
+                        return accumulator[...], of_rows
+
+                    accumulator = plgpu.ACC((_OWN_ROWS, parts * columns), f32)
+                    product, of_rows = pl.run_scoped(multiply, accumulator)
+                    plgpu.barrier_arrive(empty.at[stage])
+                    new = []
+                    for part, before in enumerate(sums):
+                        own_product = product[:, part * columns : (part + 1) * columns]
+                        if not scaled_at_the_end:
+                            own_product = own_product * along_columns(of_rows * of_weights[part], columns)
+                        new.append(before + own_product)
+                    return tuple(new), following
+
+                @pl.when(own_tile.high > 0)
+                def _multiply():
+                    zeros = plgpu.layout_cast(jnp.zeros((_OWN_ROWS, columns), f32), plgpu.Layout.WGMMA)
+                    start = (zeros,) * parts, weight_scales(i32(0))
+                    sums, _ = lax.fori_loop(0, k_steps, k_body, start)
+                    if scaled_at_the_end:
+                        first_row = pl.multiple_of(own_tile.first_row, ROW_ALIGNMENT)
+                        of_rows = plgpu.load(xs_gmem.at[pl.ds(first_row, _OWN_ROWS)], layout=by_row, optimized=False)
+                        of_rows = along_columns(of_rows, stored_columns)
+                    for i in range(columns // stored_columns):
+                        block = pl.ds(first_column + i * stored_columns, stored_columns)
+                        of_parts = []
+                        for part, total in enumerate(sums):
+                            result = total[:, i * stored_columns : (i + 1) * stored_columns]
+                            if scaled_at_the_end:
+                                of_columns = along_rows(ws_gmem.at[tile.expert, part, block], stored_columns)
+                                result = result * of_rows * of_columns
+                            for ref in bias_gmem:
+                                result = result + along_rows(ref.at[tile.expert, part, block], stored_columns)
+                            of_parts.append(result)
+                        result = gated(activation, *of_parts) if activation else of_parts[0]
+                        out_block = out_smem.at[warpgroup, i % slots]
+                        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                        out_block[...] = result.astype(out_dtype)
+                        plgpu.commit_smem()
+                        tiles.store_rows(out_block, out_gmem, own_tile, first_column + i * stored_columns)
+                        plgpu.commit_smem_to_gmem_group()
+
+                @pl.when(own_tile.high <= 0)
+                def _skip():
+                    @pl.loop(0, k_steps)
+                    def _(k_step):
+                        plgpu.barrier_arrive(empty.at[wait_for(k_step)])
+
+            walk.over_tiles(multiply_tile)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    transforms = operand_transforms(k, 1)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
+        scratch_types=[
+            plgpu.SMEM((stages, HEIGHTS[-1], BLOCK), FP8, transforms=transforms),
+            plgpu.SMEM((stages, parts * columns, BLOCK), FP8, transforms=transforms),
+            plgpu.SMEM((stages, HEIGHTS[-1]), f32),
+            plgpu.SMEM((_CONSUMERS, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
+            plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=_CONSUMERS, num_barriers=stages),
+        ],
+        grid=(num_ctas // PAIR,),
+        grid_names=("pair",),
+        cluster=(PAIR,),
+        cluster_names=("cta",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
