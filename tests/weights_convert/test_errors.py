@@ -373,6 +373,37 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
 
 
+# The program on a disk that has room when it starts; others have taken it since.
+ROOM_AT_FIRST = """
+import collections, shutil, sys
+from weights_convert.cli import main
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "free")(10**12)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path):
+    """A disk of 1200 KiB, in memory, for a checkpoint of 1263; Linux lets whoever asks mount one in a namespace of his own."""
+    config = MIXTRAL | {"vocab_size": 20_000}
+    src = write(tmp_path / "src", config, tensors_and_expected(config)[0])
+    (disk := tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=1200k tmpfs {disk}"
+    if subprocess.run(f"unshare -rm {mount}", shell=True, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    script = f"""
+        {mount}
+        {sys.executable} -c "$0" {src} {disk}/dst; echo $?; ls -A {disk}
+        mount -o remount,size=10m {disk}
+        {sys.executable} -m weights_convert {src} {disk}/dst; echo $?; ls -A {disk}
+    """
+    result = subprocess.run(["unshare", "-rm", "bash", "-c", script, ROOM_AT_FIRST], capture_output=True, text=True)
+    assert result.stderr.count("\n") == 1
+    assert "No space left on device" in result.stderr
+    assert result.stderr.endswith(f"; the same command goes on from {disk / '.dst.partial'}\n")
+    assert re.fullmatch(r"2\n\.dst\.partial\n.* had been written before\n0\ndst\n", result.stdout), result.stdout
+
+
 def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path, src):
     limited = f"ulimit -f 0; {sys.executable} -B -m weights_convert {src} {tmp_path / 'dst'}"
     before = sorted(tmp_path.rglob("*"))
