@@ -79,6 +79,7 @@ _QKV_BIAS = {
     "layers.{i}.attention.k_bias": _one(LAYER + "self_attn.k_proj.bias", heads=0),
     "layers.{i}.attention.v_bias": _one(LAYER + "self_attn.v_proj.bias", heads=0),
 }
+_O_BIAS = {"layers.{i}.attention.o_bias": _one(LAYER + "self_attn.o_proj.bias")}
 _MLA = {
     "layers.{i}.attention.q_a": _one(LAYER + "self_attn.q_a_proj.weight"),
     "layers.{i}.attention.q_a_norm.scale": _one(LAYER + "self_attn.q_a_layernorm.weight"),
@@ -118,6 +119,17 @@ FAMILIES: dict[str, dict[str, Source]] = {
         **_SHARED,
         **_DENSE,
     },
+    "dots1": {
+        **_MODEL,
+        **_GQA,
+        **_QKV_BIAS,
+        **_O_BIAS,
+        **_QK_NORM,
+        **_MOE,
+        **_CORRECTION_BIAS,
+        **_SHARED,
+        **_DENSE,
+    },
     "glm4_moe": {
         **_MODEL,
         **_GQA,
@@ -132,7 +144,7 @@ FAMILIES: dict[str, dict[str, Source]] = {
         **_MODEL,
         **_GQA,
         **_QKV_BIAS,
-        "layers.{i}.attention.o_bias": _one(LAYER + "self_attn.o_proj.bias"),
+        **_O_BIAS,
         "layers.{i}.attention.sinks": _one(LAYER + "self_attn.sinks"),
         "layers.{i}.moe.router.weight": _one(LAYER + "mlp.router.weight"),
         "layers.{i}.moe.router.bias": _one(LAYER + "mlp.router.bias"),

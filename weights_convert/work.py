@@ -54,6 +54,8 @@ class Work:
                 )
             return False
         if self.checkpoint.exists() or not is_this:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # which is empty if a run was killed in its last step
             raise ValueError(f"DST {str(self.dst)!r} exists; it should be a new or an empty folder")
         self.remove()
         return True

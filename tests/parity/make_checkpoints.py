@@ -52,6 +52,7 @@ CHECKPOINTS = {
     "deepseek_v2_lite": (hub_configs.DEEPSEEK_V2_LITE, 15, 1, 5),
     "deepseek_v2": (hub_configs.DEEPSEEK_V2, 1, 1, 7),
     "deepseek_v3": (hub_configs.DEEPSEEK_V3, 38, 1, 9),
+    "dots1": (hub_configs.DOTS1, 630, 1, 6),
     "glm4_moe": (hub_configs.GLM4_MOE, 78, 1, 4),
     "gpt_oss": (hub_configs.GPT_OSS, 2, 1, 5),
     "gpt_oss_mxfp4": (hub_configs.GPT_OSS_MXFP4, 42, 2, 5),
@@ -166,6 +167,10 @@ def _glm_layer(config: dict, i: int) -> dict[str, tuple[int, ...]]:
     return _gqa(config) | _qkv_bias(config) | _head_norms(config) | _deepseek_mlp(config, i)
 
 
+def _dots_layer(config: dict, i: int) -> dict[str, tuple[int, ...]]:
+    return _gqa(config) | _head_norms(config) | _deepseek_mlp(config, i)
+
+
 def _qkv_bias(config: dict) -> dict[str, tuple[int, ...]]:
     attention = _gqa(config)
     return {f"self_attn.{n}_proj.bias": attention[f"self_attn.{n}_proj"][:1] for n in "qkv"}
@@ -209,6 +214,7 @@ LAYERS = {
     "olmoe": _olmoe_layer,
     "deepseek_v2": _deepseek_layer,
     "deepseek_v3": _deepseek_layer,
+    "dots1": _dots_layer,
     "glm4_moe": _glm_layer,
     "gpt_oss": _gpt_oss_layer,
     "qwen2_moe": _qwen_layer,

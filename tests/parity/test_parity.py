@@ -16,6 +16,7 @@ NUM_EXPERTS = {
     "deepseek_v2_lite": 12,
     "deepseek_v2": 24,
     "deepseek_v3": 16,
+    "dots1": 16,
     "glm4_moe": 16,
     "gpt_oss": 16,
     "qwen2_moe": 12,

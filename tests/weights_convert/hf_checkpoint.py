@@ -71,6 +71,16 @@ GLM4_MOE = COMMON | {
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
 }
+DOTS1 = COMMON | {
+    "model_type": "dots1",
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 10,
+    "moe_intermediate_size": 7,
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+}
 GPT_OSS = COMMON | {
     "model_type": "gpt_oss",
     "head_dim": 6,
@@ -105,6 +115,7 @@ CONFIGS = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v2_lite": DEEPSEEK_V2 | {"q_lora_rank": None},
     "deepseek_v3": DEEPSEEK_V3,
+    "dots1": DOTS1,
     "glm4_moe": GLM4_MOE,
     "gpt_oss": GPT_OSS,
     "qwen2_moe": QWEN2_MOE,
@@ -169,7 +180,7 @@ def tensors_and_expected(
                 for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
                     bias = new(f"{attention}.{name}_proj.bias", count * head_dim)
                     ours[f"{to}.attention.{name}_bias"] = bias.reshape(count, head_dim)
-            if family in ("qwen3_moe", "glm4_moe"):
+            if family in ("qwen3_moe", "glm4_moe", "dots1"):
                 ours[f"{to}.attention.q_norm.scale"] = new(f"{attention}.q_norm.weight", head_dim)
                 ours[f"{to}.attention.k_norm.scale"] = new(f"{attention}.k_norm.weight", head_dim)
         output = new(f"{attention}.o_proj.weight", hidden, heads * head_dim)
@@ -201,10 +212,10 @@ def tensors_and_expected(
             mlp(f"expert.{e}", f"{moe}.experts.{e}", size, names)
         for name in ("w_gate_up", "w_down"):
             ours[f"{to}.moe.{name}"] = np.stack([ours.pop(f"expert.{e}.{name}") for e in range(experts)])
-        if family in ("deepseek_v3", "glm4_moe"):
+        if family in ("deepseek_v3", "glm4_moe", "dots1"):
             bias = rng.standard_normal(experts, dtype=np.float32)  # float32, whatever the dtype of the rest
             hf[f"{moe}.gate.e_score_correction_bias"] = ours[f"{to}.moe.router.correction_bias"] = bias
-        if is_deepseek or family == "glm4_moe":
+        if is_deepseek or family in ("glm4_moe", "dots1"):
             mlp(f"{to}.moe.shared", f"{moe}.shared_experts", size * config["n_shared_experts"])
         if family == "qwen2_moe":
             mlp(f"{to}.moe.shared", f"{moe}.shared_expert", config["shared_expert_intermediate_size"])

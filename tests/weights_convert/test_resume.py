@@ -143,6 +143,14 @@ def test_what_was_converted_is_neither_read_nor_written_again(src, whole, tmp_pa
     assert content(tmp_path / "dst") == content(whole)
 
 
+def test_killed_before_the_empty_folder_went_the_next_run_removes_it_and_finds_dst_there(src, tmp_path):
+    weights_convert.convert(src, tmp_path / "dst", progress=False)
+    (tmp_path / ".dst.partial").mkdir()
+    with pytest.raises(ValueError, match="exists; it should be a new or an empty folder"):
+        weights_convert.convert(src, tmp_path / "dst", progress=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
+
+
 @pytest.mark.parametrize("is_back", [False, True])
 def test_killed_after_the_folder_got_its_name_the_next_run_only_tidies_up(src, whole, tmp_path, monkeypatch, is_back):
     run, source = (weights_convert.to_hf, whole) if is_back else (weights_convert.convert, src)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from jax_epmoe.config import ModelConfig
-from jax_epmoe.models.families import deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from jax_epmoe.models.families import (
+    deepseek_v2,
+    deepseek_v3,
+    dots1,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from jax_epmoe.models.families.hf import HFConfig
 
 FAMILIES: dict[str, Callable[[HFConfig], ModelConfig]] = {
@@ -18,6 +28,7 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelConfig]] = {
     "olmoe": olmoe.config,
     "deepseek_v2": deepseek_v2.config,
     "deepseek_v3": deepseek_v3.config,
+    "dots1": dots1.config,
     "glm4_moe": glm4_moe.config,
     "gpt_oss": gpt_oss.config,
     "qwen2_moe": qwen2_moe.config,

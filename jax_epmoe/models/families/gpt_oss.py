@@ -19,7 +19,7 @@ _YARN = {
 def config(hf: HFConfig) -> ModelConfig:
     hf.must_be("hidden_act", "silu")
     has_bias = hf.boolean("attention_bias", True)
-    sliding_layers = hf.sliding_layers()
+    num_layers = hf.size("num_hidden_layers")
     return ModelConfig(
         **hf.common(),
         attention=GQAConfig(
@@ -42,7 +42,7 @@ def config(hf: HFConfig) -> ModelConfig:
             router_bias=True,
             expert_bias=True,
         ),
-        moe_layers=(True,) * len(sliding_layers),
-        sliding_layers=sliding_layers,
+        moe_layers=(True,) * num_layers,
+        sliding_layers=hf.sliding_layers(tuple(i % 2 == 0 for i in range(num_layers))),
         rms_norm_eps=hf.number("rms_norm_eps", 1e-5),
     )

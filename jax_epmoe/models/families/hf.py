@@ -71,11 +71,11 @@ class HFConfig:
             lambda v: isinstance(v, list) and all(kind == "full_attention" for kind in v),
         )  # fmt: skip
 
-    def sliding_layers(self) -> tuple[bool, ...]:
-        """Which layers have a sliding window, by `layer_types`; without that, every other one, the first among them."""
-        num_layers, kinds = self.size("num_hidden_layers"), ("sliding_attention", "full_attention")
+    def sliding_layers(self, default: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Which layers have a sliding window, by `layer_types`."""
+        num_layers, kinds = len(default), ("sliding_attention", "full_attention")
         layers = self._typed(
-            "layer_types", [kinds[i % 2] for i in range(num_layers)],
+            "layer_types", [kinds[not slides] for slides in default],
             f"a list of {num_layers}, as there are layers, each one of {', '.join(kinds)}",
             lambda v: isinstance(v, list) and len(v) == num_layers and all(kind in kinds for kind in v),
         )  # fmt: skip
