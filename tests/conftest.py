@@ -12,8 +12,8 @@ if "EPMOE_TEST_GPU" not in os.environ:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 
-# Of these tests `make test` runs every n-th case (0: none), `make test-slow` all.
-EVERY_NTH = {
+# Of these tests `make test` runs every n-th case (0: none) or the cases that are named, `make test-slow` all.
+THINNED: dict[str, int | tuple[str, ...]] = {
     "bench/test_bench_decode_step.py::test_a_quantised_experts_bytes_are_those_of_its_values_and_scales": 0,
     "bench/test_bench_decode_step.py::test_every_sequence_runs_in_every_step_that_is_measured": 0,
     "bench/test_bench_moe_layer.py::test_a_quantised_run_writes_right_numbers_and_its_format": 0,
@@ -28,8 +28,17 @@ EVERY_NTH = {
     "kernels/test_grouped_gemm.py::TestXla::test_gradients_where_out_dtype_is_wider": 2,
     "kernels/test_grouped_gemm.py::TestXla::test_odd_sizes": 3,
     "kernels/test_hopper.py::test_chosen_tilings_lower_for_cuda_and_fit_shared_memory": 3,
-    "kernels/test_hopper.py::test_it_computes_the_definition_without_races": 12,
-    "kernels/test_hopper_fp8.py::test_it_computes_the_definition": 8,
+    "kernels/test_hopper.py::test_it_computes_the_definition_without_races": (
+        "another gate, late",
+        "a bias, k and n off the tile",
+        "sizes around the tile",
+    ),
+    "kernels/test_hopper_fp8.py::test_it_computes_the_definition": (
+        "blocks",
+        "channels, a gate, a gather",
+        "blocks, k in parts",
+        "large groups",
+    ),
     "kernels/test_hopper_fp8.py::test_real_sizes_fit_shared_memory_and_lower_for_cuda": 3,
     "kernels/test_hopper_fp8.py::test_the_output_is_quantised_from_its_float32_values": 3,
     "kernels/test_hopper_outer.py::test_it_computes_the_definition_without_races": 5,
@@ -118,7 +127,11 @@ def pytest_collection_modifyitems(items):
     seen: collections.Counter[str] = collections.Counter()
     for item in items:
         name = item.nodeid.partition("[")[0].partition("tests/")[2]
-        if name in EVERY_NTH and not item.get_closest_marker("slow"):
-            if EVERY_NTH[name] == 0 or seen[name] % EVERY_NTH[name]:
-                item.add_marker(pytest.mark.slow)
-            seen[name] += 1
+        if name not in THINNED or item.get_closest_marker("slow"):
+            continue
+        kept = THINNED[name]
+        is_nth = isinstance(kept, int)
+        runs = (kept > 0 and seen[name] % kept == 0) if is_nth else item.callspec.id in kept
+        seen[name] += 1
+        if not runs:
+            item.add_marker(pytest.mark.slow)

@@ -9,10 +9,7 @@ from jax_epmoe.quant import QuantizedArray, QuantizedWeights
 
 
 def quantize_input(x: jax.Array, weights: QuantizedWeights, backend: str | None) -> QuantizedArray:
-    """`weights.quantize_input(x)` of `x [rows, k]`; `backend`: as `grouped_gemm`'s.
-
-    XLA merges the kernels of products that share x, such as the queries' and the keys'.
-    """
+    """`weights.quantize_input(x)` of `x [rows, k]`; `backend`: as `grouped_gemm`'s."""
     by_kernel = backend in (None, "hopper") and on_hopper()
     if by_kernel and weights.format.activations == "group" and quantize_hopper.serves(x):
         return quantize_hopper.quantize_groups(x, jnp.int32(x.shape[0]))

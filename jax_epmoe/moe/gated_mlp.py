@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax_epmoe.config import Activation
 from jax_epmoe.kernels.activations import gate
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
-from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
+from jax_epmoe.kernels.grouped_gemm.quantized import BACKENDS, refuse_gradient
 from jax_epmoe.kernels.quantize import quantize_input
 from jax_epmoe.parameters import parameter
 from jax_epmoe.quant import NOT_QUANTIZED, Quantization, QuantizedWeights, dequantize
@@ -86,8 +86,8 @@ def _quantized_product(
 ) -> jax.Array:
     """`linear` of `x [rows, k]`: by a kernel if one serves, or else of what both operands stand for, in x's dtype."""
     w, x_quantized = weights.weights, quantize_input(x, weights, backend)
-    for kernel in ("hopper", "triton"):
-        if backend in (None, kernel):
+    for kernel in BACKENDS:
+        if kernel != "xla" and backend in (None, kernel):
             with suppress(NotImplementedError):
                 out = grouped_gemm(
                     x_quantized.values,

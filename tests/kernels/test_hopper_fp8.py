@@ -62,21 +62,7 @@ def pretend_hopper(monkeypatch):
     reset_gpu_interpret_mode_state()
 
 
-SLOW = (
-    "one scale a row of x, blocks of w",
-    "one scale an expert, groups of x",
-    "channels, two a step",
-    "blocks, a gather",
-    "large groups, gpt-oss's gate in float32, an odd number of column tiles",
-    "large groups, channels, a bias",
-)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()],
-    ids=CASES.keys(),
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_it_computes_the_definition(case):
     x, w, sizes, index = make_inputs(**case)
     options = {"activation": "silu" if case.get("gated") else None, "row_index": index}
