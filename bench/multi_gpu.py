@@ -45,7 +45,7 @@ from bench.environment import environment, result_path
 from bench.multi_gpu_mode import BF16, ModeBench, Profile, Row, Setting, rate
 from bench.multi_gpu_workers import Worker, serve
 from bench.roofline import failure
-from bench.sharded_decoder import VARIANTS, Mode, Variant, exchanges
+from bench.sharded_decoder import DECODE, PREFILL, VARIANTS, Mode, Variant, exchanges
 from bench.timing import stream_us
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "deepseek-coder-v2"
@@ -192,7 +192,7 @@ class Bench:
                     self.add(row)
 
     def side_by_side(self, quantize: str) -> None:
-        """One format's rows, a process for each mode: all compile, then each measures."""
+        """One format's rows, a process for each mode and phase: all compile, then each measures."""
         now = time.monotonic()
         compiled = now + _FOR_COMPILING * (self.deadline - now)
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -200,7 +200,13 @@ class Bench:
                 for gpu in range(self.setting.devices):
                     fcntl.flock(locks.enter_context(open(Path(folder) / str(gpu), "w")), fcntl.LOCK_EX)
                 workers = []
-                for number, (mode, rows) in enumerate(self.todo(quantize).items()):
+                tasks = [
+                    (mode, own)
+                    for phase in (PREFILL, DECODE)
+                    for mode, rows in self.todo(quantize).items()
+                    if (own := [row for row in rows if row["phase"] == phase])
+                ]
+                for number, (mode, rows) in enumerate(tasks):
                     worker = Worker(mode.name, quantize, rows, self.gpus(), number, Path(folder))
                     stack.callback(worker.close)
                     workers.append(worker)
@@ -209,7 +215,8 @@ class Bench:
             for worker in tqdm(workers, desc=f"{quantize}: compiling"):
                 with self.failing(worker.rows):
                     answer = worker.ready(compiled)
-                    self.result["compile"].append({"quantize": quantize, "mode": worker.mode, **answer})
+                    told = {"quantize": quantize, "mode": worker.mode, "phase": worker.rows[0]["phase"]}
+                    self.result["compile"].append({**told, **answer})
                     if "failed" in answer:
                         self.add(*({**row, **answer} for row in worker.rows))
                     else:

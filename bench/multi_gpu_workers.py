@@ -1,4 +1,4 @@
-"""Processes that compile side by side and measure in turn, one for each mode: most of a run's time goes into lowering, in Python.
+"""Processes that compile side by side and measure in turn, one for each mode and phase: most of a run's time goes into lowering, in Python.
 
 A worker is `bench.multi_gpu` with the same arguments and `--worker`. It is told its rows, lowers and compiles their programs, says
 that it is ready, and waits; when it is told to, it measures and writes a row a line. All lines are JSON.

@@ -109,8 +109,7 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
         (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
     ],
 )
-def test_real_sizes_fit_shared_memory_and_lower_for_cuda(monkeypatch, rows, experts, k, n, gated, kinds, quantize_out):
-    monkeypatch.setattr(hopper_fp8, "_MANY_ROWS", 1024)  # the last case's
+def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
     out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
     tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
@@ -162,6 +161,18 @@ def test_few_tiles_of_one_group_are_cut_into_parts_of_k(monkeypatch, rows, k, n,
     assert -(-k // tiling.block_k) % splits == 0
     _, of_more = hopper_fp8._choose(rows, rows, (2, *shape[1:]), parts, jnp.dtype(jnp.bfloat16), whole_blocks=True)
     assert of_more == 1
+
+
+@pytest.mark.parametrize(("rows", "height"), [(16, 16), (24, 32), (64, 64), (144, 80), (256, 128), (300, 104)])
+def test_a_single_group_of_known_size_needs_one_height(rows, height):
+    """Others would be traced and compiled, and never run."""
+    of = ((1, 24576, 1536), 1, jnp.dtype(jnp.bfloat16))
+    tiling, _ = hopper_fp8._choose(rows, rows, *of, whole_blocks=True)
+    assert tiling.heights == (height,)
+    of_worst_case, _ = hopper_fp8._choose(
+        8 * rows, rows, *of, whole_blocks=True
+    )  # fewer rows are expected than there may be
+    assert len(of_worst_case.heights) > 1
 
 
 @pytest.mark.parametrize(

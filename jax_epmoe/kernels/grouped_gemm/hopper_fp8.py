@@ -7,7 +7,6 @@ number a block of weights and one a row of x, which comes by TMA beside x; other
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -127,8 +126,13 @@ def quantized_matmul(
     return quantize_rows(out, group_sizes, quantize_out, out_scale) if quantize_out else out
 
 
-def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype) -> Tiling:
-    """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256."""
+def choose_tiling(
+    *, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype, one_height: bool = False
+) -> Tiling:
+    """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256.
+
+    `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
+    """
     rows_per_expert = rows / experts
     if rows_per_expert >= _MANY_ROWS:
         return hopper_fp8_large.large_tiling(gated=gated)
@@ -140,6 +144,10 @@ def choose_tiling(*, rows: int, experts: int, n: int, gated: bool, out_dtype: jn
         narrow = gated or -(-n // 256) * 256 > 1.15 * n
         heights = tuple(height for height in _HEIGHTS if _fits(height, 256, 4, BLOCK, out_dtype))
         tiling = Tiling(columns=128 if narrow else 256, heights=heights, block_k=BLOCK)
+    if one_height:
+        tiles_of_rows = pl.cdiv(rows, tiling.heights[-1])
+        enough = next(height for height in tiling.heights if height * tiles_of_rows >= rows)
+        tiling = dataclasses.replace(tiling, heights=(enough,))
     height, weights = tiling.heights[-1], tiling.columns * (2 if gated else 1)
     # High tiles: a power of two. With others ptxas does not see that an accumulator begins at zero, and runs out of registers.
     counts = (4, 2) if height > 64 else range(8, 1, -1)
@@ -160,18 +168,19 @@ def _choose(
 ) -> tuple[Tiling, int]:
     """A tiling, and in how many parts k is summed. `whole_blocks`: gate and up may not meet within a block of w."""
     experts, (n, k) = w_shape[0], w_shape[-2:]
+    one_height = experts == 1 and rows == expected_rows
     if experts == 1 and (parts == 1 or not whole_blocks or n % BLOCK == 0):
-        height = min(rows, _HEIGHTS[-1])
-        tiling = choose_tiling(rows=height, experts=1, n=parts * n, gated=False, out_dtype=jnp.dtype(jnp.float32))
+        options = {"n": parts * n, "gated": False, "out_dtype": jnp.dtype(jnp.float32), "one_height": one_height}
+        tiling = choose_tiling(rows=min(rows, _MANY_ROWS - 1), experts=1, **options)
         splits = choose_splits(rows=rows, n=parts * n, k=k, tiling=tiling)
         if splits > 1:
             return tiling, splits
-    return choose_tiling(rows=expected_rows, experts=experts, n=n, gated=parts == 2, out_dtype=out_dtype), 1
+    options = {"n": n, "gated": parts == 2, "out_dtype": out_dtype, "one_height": one_height}
+    return choose_tiling(rows=expected_rows, experts=experts, **options), 1
 
 
 _FEWEST_STEPS = 4
-# Rows of an expert from which `hopper_fp8_large` runs. Never, until its present form has run on a GPU; its earlier ones won from 256 on.
-_MANY_ROWS = math.inf
+_MANY_ROWS = 512  # of an expert: `hopper_fp8_large` runs
 _HEIGHTS = (64, 80, 96, 104, 112, 128)
 
 
