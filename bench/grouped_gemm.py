@@ -49,6 +49,7 @@ from bench.roofline import (
 from bench.timing import ceilings, normal, times
 from jax_epmoe import grouped_gemm
 from jax_epmoe.quant import BLOCK, FORMATS, QuantizedArray, quantize
+from jax_epmoe.tune import UNTUNED
 
 BACKEND = "hopper"
 
@@ -151,7 +152,7 @@ def _read(out: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out[rows], jnp.isnan(out).any()
 
 
-@partial(jax.jit, static_argnums=4)
+@partial(jax.jit, static_argnums=4, compiler_options=UNTUNED)
 def _expected(x: Any, w: Any, experts: jax.Array, rows: jax.Array, gated: bool) -> jax.Array:
     def one(sample: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, index = sample

@@ -28,6 +28,7 @@ from bench.roofline import failure
 from bench.sharded_decoder import ONE, PREFILL, Mode, ShardedDecoder, Step, modes, reduced
 from jax_epmoe.config import MLAConfig, ModelConfig
 from jax_epmoe.mesh import initialize_distributed
+from jax_epmoe.tune import UNTUNED
 
 _SLACK = 1.5
 _FLOAT32 = 1e-4
@@ -152,7 +153,7 @@ class Check:
     def compile(self, mode: Mode, dtype: str, quantize: str | None) -> tuple[ShardedDecoder, Any, Any]:
         devices = jax.local_devices()[:1] if mode == ONE else jax.devices()[: self.devices]
         model = ShardedDecoder(self.config, mode, quantize, dtype=dtype, devices=devices)
-        return model, model.lower_weights().compile(), self.lower(model).compile()
+        return model, model.lower_weights().compile(UNTUNED), self.lower(model).compile(UNTUNED)
 
     def lower(self, model: ShardedDecoder) -> jax.stages.Lowered:
         """`(weights, caches, tokens [B, S + 1])` -> logits `[B, S + 1, V]`: S tokens at once, then the last by itself."""

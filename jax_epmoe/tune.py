@@ -51,6 +51,8 @@ _QUICK_CANDIDATES = 6
 _LEAST_GAIN = 1.01  # what another tiling than the heuristic's must gain: less is noise
 _UNCACHED_BYTES = 200e6  # four times the L2
 _COMPILING_THREADS = 4
+# For `jit` and `compile`: do not try ways to multiply. Of float32 there are many, and checks take it once.
+UNTUNED = {"xla_gpu_autotune_level": 0}
 
 _DESCRIPTION = """\
 Measure tilings of the Hopper grouped GEMM for both products of a model's experts, at several numbers of tokens, and keep
@@ -491,7 +493,7 @@ def normal(seed: jax.typing.ArrayLike, shape: tuple[int, ...], scale: float = 1.
     return (draw * scale).astype(jnp.bfloat16)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=UNTUNED)
 def _error(out: jax.Array, x: jax.Array, w: jax.Array, experts: jax.Array, rows: jax.Array) -> jax.Array:
     """Of `experts [S]` and their `rows [S, R]`, by norms; NaN if there is one anywhere in the output."""
 

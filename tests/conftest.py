@@ -10,6 +10,8 @@ if "EPMOE_TEST_GPU" not in os.environ:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+else:  # trying ways to multiply takes longer than to run one of them once
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
 
 # Of these tests `make test` runs every n-th case (0: none) or the cases that are named, `make test-slow` all.
