@@ -50,6 +50,7 @@ TOLERANCE = 5e-3  # of sampled rows against float32, by norms
 _QUICK_CANDIDATES = 6
 _LEAST_GAIN = 1.01  # what another tiling than the heuristic's must gain: less is noise
 _UNCACHED_BYTES = 200e6  # four times the L2
+_OUTPUT_BYTES = 2e9  # of the calls timed together: a process keeps what it has had, and 16 of them share a GPU
 _COMPILING_THREADS = 4
 # For `jit` and `compile`: do not try ways to multiply. Of float32 there are many, and checks take it once.
 UNTUNED = {"xla_gpu_autotune_level": 0}
@@ -429,7 +430,7 @@ class _Inputs:
             self.check(run, sizes)
             calls = self.calls(sizes)
             bytes_of_output = 2 * self.case.rows * self.case.n  # of which `kernel_us` keeps one for each call
-            least = min(21, max(5, int(8e9 / bytes_of_output)))
+            least = min(21, max(5, int(_OUTPUT_BYTES / bytes_of_output)))
             times.append(statistics.median(kernel_us(Rotation(run, calls), -(-least // len(calls)) * len(calls))))
         return statistics.median(times)
 
