@@ -188,6 +188,7 @@ class Bench:
                 bench = ModeBench(self.setting, mode, quantize, rows, self.args.jobs)
                 bench.lower()
                 bench.compile()
+                bench.compile_profiled()
                 for row in bench.measure(self.deadline):
                     self.add(row)
 
