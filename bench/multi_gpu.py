@@ -188,7 +188,6 @@ class Bench:
                 bench = ModeBench(self.setting, mode, quantize, rows, self.args.jobs)
                 bench.lower()
                 bench.compile()
-                bench.compile_profiled()
                 for row in bench.measure(self.deadline):
                     self.add(row)
 
@@ -200,11 +199,11 @@ class Bench:
             with contextlib.ExitStack() as locks:  # while links are measured, workers lower and do not compile
                 for gpu in range(self.setting.devices):
                     fcntl.flock(locks.enter_context(open(Path(folder) / str(gpu), "w")), fcntl.LOCK_EX)
-                workers = []
+                workers, todo = [], self.todo(quantize)
                 tasks = [
                     (mode, own)
                     for phase in (PREFILL, DECODE)
-                    for mode, rows in self.todo(quantize).items()
+                    for mode, rows in todo.items()
                     if (own := [row for row in rows if row["phase"] == phase])
                 ]
                 for number, (mode, rows) in enumerate(tasks):

@@ -113,7 +113,6 @@ class ModeBench:
         }
         self.steps: dict[tuple[Step, int], Future] = {step: self.pool.submit(model.lower_step, *step) for step in steps}
         self.programs: dict[tuple[tuple[Step, int], str], Future] = {}
-        self.profiled: dict[tuple[tuple[Step, int], str], Future] = {}
         self.running: tuple[Any, Running] | None = None
 
     def _step(self, row: Row) -> tuple[Step, int]:
@@ -126,30 +125,22 @@ class ModeBench:
             future.exception()
 
     def compile(self) -> None:
-        """Compiles all that is lowered and will be timed."""
-        self.weights = self.pool.submit(_compile, self.weights)
-        self.caches = {step: self.pool.submit(_compile, lowered) for step, lowered in self.caches.items()}
-        self.programs = self._compiled({})
+        """Compiles all that is lowered."""
+        submit = self.pool.submit
+        self.weights = submit(_compile, self.weights, [{}])
+        self.caches = {step: submit(_compile, lowered, [{}]) for step, lowered in self.caches.items()}
+        for row in self.rows:
+            step, options = self._step(row), VARIANTS[row["variant"]].options
+            if (step, row["variant"]) not in self.programs:
+                both = [options, options | scopes.ONE_BY_ONE]  # the second is profiled
+                self.programs[step, row["variant"]] = submit(_compile, self.steps[step], both)
         for future in (self.weights, *self.caches.values(), *self.programs.values()):
             future.exception()
 
-    def compile_profiled(self) -> None:
-        """Compiles what will be profiled. What XLA times on a GPU while it compiles, this process knows by then."""
-        self.profiled = self._compiled(scopes.ONE_BY_ONE)
-        for future in self.profiled.values():
-            future.exception()
-
-    def _compiled(self, options: dict[str, Any]) -> dict[tuple[tuple[Step, int], str], Future]:
-        """Each row's program, with these options beside its variant's."""
-        named = {(self._step(row), row["variant"]): VARIANTS[row["variant"]].options for row in self.rows}
-        return {
-            (step, name): self.pool.submit(_compile, self.steps[step], own | options)
-            for (step, name), own in named.items()
-        }
-
     def measure(self, deadline: float) -> Iterator[Row]:
         """The rows with their results, as they come; none is begun after the deadline."""
-        weights = self.model.weights(self.weights.result())
+        (program,) = self.weights.result()
+        weights = self.model.weights(program)
         for row in self.rows:
             if time.monotonic() > deadline:
                 break
@@ -164,12 +155,13 @@ class ModeBench:
         """Those of the last row, if it was the same step."""
         if self.running is None or self.running[0] != step:
             self.running = None
-            self.running = step, Running(self.model, weights, self.caches[step].result()(), step[0])
+            (draw,) = self.caches[step].result()
+            self.running = step, Running(self.model, weights, draw(), step[0])
         return self.running[1]
 
     def _measure(self, weights: list[jax.Array], row: Row) -> Row:
         step = self._step(row)
-        program, profiled = (programs[step, row["variant"]].result() for programs in (self.programs, self.profiled))
+        program, profiled = self.programs[step, row["variant"]].result()
         running = self._arrays(weights, step)
         running.use(row["load"])
         run, run_profiled = (partial(running.run, each) for each in (program, profiled))
@@ -198,8 +190,8 @@ class ModeBench:
         }
 
 
-def _compile(lowered: Future, options: dict[str, Any] | None = None) -> Any:
-    return lowered.result().compile(options)
+def _compile(lowered: Future, options: list[dict[str, Any]]) -> list[Any]:
+    return [lowered.result().compile(each) for each in options]
 
 
 def calls_of(run: Callable[[], Any]) -> int:

@@ -4,7 +4,7 @@ A worker is `bench.multi_gpu` with the same arguments and `--worker`. It is told
 that it is ready, and waits; when it is told to, it measures and writes a row a line. All lines are JSON.
 
 XLA times alternatives on the first GPU while it compiles, so each worker counts the GPUs from another one, and one at a time
-compiles on each what will be timed; what will be profiled comes after that, out of turn.
+compiles on each.
 """
 
 import contextlib
@@ -108,10 +108,7 @@ def serve(setting: Setting) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         begun = time.perf_counter()
         bench.compile()
-    compiled = time.perf_counter()
-    bench.compile_profiled()
-    seconds = {"lower_s": lowered - started, "turn_s": begun - lowered, "compile_s": compiled - begun}
-    say({**seconds, "compile_profiled_s": time.perf_counter() - compiled})
+    say({"lower_s": lowered - started, "turn_s": begun - lowered, "compile_s": time.perf_counter() - begun})
     go = sys.stdin.readline()
     if not go:  # the parent is gone
         return None

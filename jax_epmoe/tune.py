@@ -50,7 +50,7 @@ TOLERANCE = 5e-3  # of sampled rows against float32, by norms
 _QUICK_CANDIDATES = 6
 _LEAST_GAIN = 1.01  # what another tiling than the heuristic's must gain: less is noise
 _UNCACHED_BYTES = 200e6  # four times the L2
-_OUTPUT_BYTES = 2e9  # of the calls timed together: a process keeps what it has had, and 16 of them share a GPU
+_OUTPUT_BYTES = 2e9  # of the calls timed together: a process keeps the memory, and several may share a GPU
 _COMPILING_THREADS = 4
 # For `jit` and `compile`: do not try ways to multiply. Of float32 there are many, and checks take it once.
 UNTUNED = {"xla_gpu_autotune_level": 0}

@@ -134,7 +134,8 @@ def choose_tiling(
     `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
     """
     rows_per_expert = rows / experts
-    if rows_per_expert >= _MANY_ROWS:
+    # With a gate and float32 output the large kernel has only been interpreted.
+    if rows_per_expert >= _MANY_ROWS and not (gated and out_dtype.itemsize == 4):
         return hopper_fp8_large.large_tiling(gated=gated)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
