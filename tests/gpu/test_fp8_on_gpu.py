@@ -53,12 +53,13 @@ def test_it_is_the_definition_in_every_format(kinds, rows, experts, k, n, gated,
 @pytest.mark.parametrize("load", ["uneven", "one", "half"])
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize(("k", "n", "gated"), [(1056, 904, False), (1024, 712, True)])
-def test_large_groups_are_the_definition_in_every_format(kinds, k, n, gated, load):
+@pytest.mark.parametrize("rows_per_expert", [512, 8192])
+def test_large_groups_are_the_definition_in_every_format(rows_per_expert, kinds, k, n, gated, load):
     rows, experts = 4096, 8
     x, w, sizes = make_case(kinds, rows, experts, k, n, gated, load)
     bias = jax.random.normal(jax.random.key(3), w.shape[:-1], jnp.bfloat16)
     options = {"x_scale": x.scales, "w_scale": w.scales, "activation": "silu" if gated else None, "bias": bias}
-    tiling = hopper_fp8_large.large_tiling(gated=gated)
+    tiling = hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated)
     jnp.full((rows, n), jnp.nan, jnp.bfloat16).block_until_ready().delete()  # memory that the output may get
     valid = int(sizes.sum())
     for out_dtype, tolerance in ((jnp.bfloat16, 5e-3), (jnp.float32, 1e-3)):

@@ -40,14 +40,25 @@ CASES = {
     "channels, a gate, k in parts": {
         "kinds": KINDS["channel"], "gated": True, "k": 384, "n": 136, "sizes": (16,), "rows": 16, "splits": 3,
     },
-    "large groups": {"sizes": (3, 0, 206, 5), "rows": 216, "k": 160, "tiling": hopper_fp8_large.large_tiling(gated=False)},
+    "large groups": {
+        "sizes": (3, 0, 206, 70), "rows": 280, "k": 160,
+        "tiling": hopper_fp8_large.large_tiling(rows_per_expert=512, gated=False),
+    },
+    "larger groups": {
+        "sizes": (3, 0, 206, 5), "rows": 216, "k": 160,
+        "tiling": hopper_fp8_large.large_tiling(rows_per_expert=8192, gated=False),
+    },
     "large groups, gpt-oss's gate in float32, an odd number of column tiles": {
         "sizes": (3, 0, 206, 5), "rows": 216, "gated": True, "bias": True, "out_dtype": jnp.float32,
-        "tiling": hopper_fp8_large.large_tiling(gated=True),
+        "tiling": hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True),
+    },
+    "larger groups, a gate in float32, an odd number of column tiles": {
+        "sizes": (3, 0, 206, 5), "rows": 216, "gated": True, "out_dtype": jnp.float32,
+        "tiling": hopper_fp8_large.large_tiling(rows_per_expert=8192, gated=True),
     },
     "large groups, channels, a bias": {
-        "kinds": KINDS["channel"], "sizes": (70, 66), "rows": 136, "k": 256, "bias": True,
-        "tiling": hopper_fp8_large.large_tiling(gated=False),
+        "kinds": KINDS["channel"], "sizes": (70, 134), "rows": 204, "k": 256, "bias": True,
+        "tiling": hopper_fp8_large.large_tiling(rows_per_expert=512, gated=False),
     },
     "rows that 8 does not divide": {"kinds": KINDS["tensor"], "rows": 61, "sizes": (30, 7, 24)},
 }  # fmt: skip
@@ -108,6 +119,8 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
         (4800, 20, 5120, 1536, True, KINDS["block"], "group"),
         (32768, 4, 7168, 2048, True, KINDS["channel"], None),
         (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
+        (65536, 128, 2048, 768, True, KINDS["block"], "group"),
+        (65536, 128, 768, 2048, False, KINDS["channel"], None),
     ],
 )
 def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
@@ -115,7 +128,7 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
     tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
     output = height * 128 * out_dtype.itemsize
-    if tiling == hopper_fp8_large.large_tiling(gated=gated):
+    if hopper_fp8_large.is_large(tiling):
         output = height * 128 * tiling.slots  # 128 bytes of a row at a time
     used = tiling.stages * (height + weights) * tiling.block_k + output
     assert tiling.stages >= 2

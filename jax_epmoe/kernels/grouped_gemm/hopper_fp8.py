@@ -77,7 +77,7 @@ def quantized_matmul(
         tiling, splits = _choose(rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks)
     # Parts of k are summed before gate and up are gated, so these are columns like others.
     side_by_side = (experts, parts, n) if splits == 1 else (experts, 1, parts * n)
-    large = tiling.heights == hopper_fp8_large.HEIGHTS
+    large = hopper_fp8_large.is_large(tiling)
     together = hopper_fp8_large.PAIR if large else 1  # CTAs
     plan = schedule.make_schedule(
         group_sizes,
@@ -134,9 +134,8 @@ def choose_tiling(
     `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
     """
     rows_per_expert = rows / experts
-    # With a gate and float32 output the large kernel has only been interpreted.
-    if rows_per_expert >= _MANY_ROWS and not (gated and out_dtype.itemsize == 4):
-        return hopper_fp8_large.large_tiling(gated=gated)
+    if rows_per_expert >= _MANY_ROWS:
+        return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= (64 if experts == 1 else 48):

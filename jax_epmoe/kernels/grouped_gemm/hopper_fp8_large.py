@@ -1,10 +1,11 @@
-"""hopper_fp8.py's product for groups of many rows: rows on wgmma's m, and three warpgroups of 64 rows each.
+"""hopper_fp8.py's product for groups of many rows: rows on wgmma's m.
 
-While a warpgroup promotes, the tensor cores need work from another. Two warpgroups with two products a step each tend to promote
-at the same time; of three with one product each, two are multiplying while the third promotes. A thread's accumulator spans two rows, so it
-scales by two numbers, where operands swapped it would be 32. CTAs come in pairs, side by side in n: each loads half of a tile's rows for both.
+A thread's accumulator then spans two rows, so it scales by two numbers, where operands swapped it would be 32. While a warpgroup
+promotes, the tensor cores need work from another. Of three warpgroups with one product a step each, two are multiplying while the
+third promotes; two with two products each tend to promote at the same time, but their tiles are higher, and fit groups better that are
+no multiple of three warpgroups' rows. CTAs come in pairs, side by side in n: each loads half of a tile's rows for both.
 
-A tile's height counts in steps of 64, a warpgroup's: that suits groups of several tiles.
+A tile's height counts in steps of 64, a product's: that suits groups of several tiles.
 """
 
 import functools
@@ -23,15 +24,24 @@ from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.quant import BLOCK, FP8
 
 PAIR = 2  # CTAs of a cluster
-HEIGHTS = (64, 128, 192)
-_CONSUMERS = 3
-_OWN_ROWS = 64  # of a warpgroup
+_OWN_ROWS = 64  # of a product
+_THREE_WARPGROUPS = (64, 128, 192)  # heights of a tile: a product each
+_TWO_WARPGROUPS = (64, 128, 192, 256)  # two each
+_MOST_ROWS = 4096  # of an expert: three warpgroups are faster
 _BAND = 16  # row tiles that go through all columns before the next ones do, so that they stay in the L2
 
 
-def large_tiling(*, gated: bool) -> Tiling:
-    """The one tiling: 128 rows of w a tile, with a gate 64 of either half."""
-    return Tiling(columns=64 if gated else 128, heights=HEIGHTS, block_k=BLOCK, stages=4, slots=2)
+def large_tiling(*, rows_per_expert: float, gated: bool) -> Tiling:
+    """Tiles of 128 rows of w, with a gate 64 of either half."""
+    columns = 64 if gated else 128
+    if rows_per_expert >= _MOST_ROWS:
+        return Tiling(columns=columns, heights=_THREE_WARPGROUPS, block_k=BLOCK, stages=4, slots=2)
+    return Tiling(columns=columns, heights=_TWO_WARPGROUPS, block_k=BLOCK, stages=4)
+
+
+def is_large(tiling: Tiling) -> bool:
+    """Whether the tiling is one of `large_tiling`'s."""
+    return tiling.heights in (_THREE_WARPGROUPS, _TWO_WARPGROUPS)
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -53,6 +63,8 @@ def run(
     rows, k = x.shape
     parts, n = w.shape[1:3]
     columns, stages = tiling.columns, tiling.stages
+    consumers = 3 if tiling.heights == _THREE_WARPGROUPS else 2
+    products = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup, a step
     k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, columns)
     stored_columns = 128 // out_dtype.itemsize  # at a time: a row of the widest swizzle
     slots = min(tiling.slots, columns // stored_columns)
@@ -76,7 +88,7 @@ def run(
             """This CTA's of the pair's two; the last one twice, if there is an odd number."""
             return lax.min(tile.column_tile * PAIR + lax.axis_index("cta"), column_tiles - 1)
 
-        @pl.when(warpgroup == _CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _produce():
             plgpu.set_max_registers(32, action="decrease")
 
@@ -107,19 +119,23 @@ def run(
 
             walk.produce(k_steps, stages, empty, begin)
 
-        @pl.when(warpgroup < _CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _consume():
-            plgpu.set_max_registers(160, action="increase")
-            own = pl.ds(warpgroup * _OWN_ROWS, _OWN_ROWS)
+            plgpu.set_max_registers(160 if consumers == 3 else 232, action="increase")
 
             def multiply_tile(step, tile):
                 first_column = column_tile(tile) * columns
-                offset = warpgroup * _OWN_ROWS
-                own_tile = tile._replace(
-                    first_row=tile.first_row + offset,
-                    low=lax.max(tile.low - offset, i32(0)),
-                    high=lax.min(tile.high - offset, i32(_OWN_ROWS)),
-                )
+
+                def offset(i):
+                    """Of the rows of this warpgroup's i-th product."""
+                    return (i * consumers + warpgroup) * _OWN_ROWS
+
+                def own_tile(i):
+                    return tile._replace(
+                        first_row=tile.first_row + offset(i),
+                        low=lax.max(tile.low - offset(i), i32(0)),
+                        high=lax.min(tile.high - offset(i), i32(_OWN_ROWS)),
+                    )
 
                 def wait_for(k_step):
                     stage = lax.rem(step * k_steps + k_step, i32(stages))
@@ -141,36 +157,53 @@ def run(
                     k_block = lax.min(k_step, k_steps - 1)
                     return tuple(ws_gmem[tile.expert, part, block, k_block] for part in range(parts))
 
-                def k_body(k_step, carry):
-                    sums, of_weights = carry
-                    stage = wait_for(k_step)
-                    following = weight_scales(k_step + 1)
+                def multiply(stage, i, accumulator):
+                    """The i-th product, and its rows' scales."""
+                    own = pl.ds(offset(i), _OWN_ROWS)
+                    plgpu.wgmma(accumulator, x_smem.at[stage, own], w_smem.at[stage].T)
+                    if scaled_at_the_end:
+                        return accumulator[...], None
+                    return accumulator[...], plgpu.load(xs_smem.at[stage, own], layout=by_row, optimized=False)
 
-                    def multiply(accumulator):
-                        plgpu.wgmma(accumulator, x_smem.at[stage, own], w_smem.at[stage].T)
-                        if scaled_at_the_end:
-                            return accumulator[...], None
-                        of_rows = plgpu.load(xs_smem.at[stage, own], layout=by_row, optimized=False)
-                        return accumulator[...], of_rows
-
+                def multiply_and_promote(stage, i, sums, of_weights, release):
+                    """The sums of each part, with the i-th product of a stage, which is then released."""
                     accumulator = plgpu.ACC((_OWN_ROWS, parts * columns), f32)
-                    product, of_rows = pl.run_scoped(multiply, accumulator)
-                    plgpu.barrier_arrive(empty.at[stage])
+                    product, of_rows = pl.run_scoped(functools.partial(multiply, stage, i), accumulator)
+                    if release:
+                        plgpu.barrier_arrive(empty.at[stage])
                     new = []
                     for part, before in enumerate(sums):
                         own_product = product[:, part * columns : (part + 1) * columns]
                         if not scaled_at_the_end:
                             own_product = own_product * along_columns(of_rows * of_weights[part], columns)
                         new.append(before + own_product)
-                    return tuple(new), following
+                    return tuple(new)
 
-                @pl.when(own_tile.high > 0)
-                def _multiply():
+                def multiply_rows(count):
+                    """The tile's rows of this warpgroup, for `count` products a step."""
+
+                    def k_body(k_step, carry):
+                        sums, of_weights = carry
+                        stage = wait_for(k_step)
+                        following = weight_scales(k_step + 1)
+                        new = []
+                        for i, before in enumerate(sums):
+                            add = functools.partial(
+                                multiply_and_promote, stage, i, before, of_weights, release=i == count - 1
+                            )
+                            # Behind a branch ptxas does not share an accumulator's zeros with the next one's, by moves.
+                            new.append(add() if count == 1 else lax.cond(tile.expert >= 0, add, lambda b=before: b))
+                        return tuple(new), following
+
                     zeros = plgpu.layout_cast(jnp.zeros((_OWN_ROWS, columns), f32), plgpu.Layout.WGMMA)
-                    start = (zeros,) * parts, weight_scales(i32(0))
+                    start = ((zeros,) * parts,) * count, weight_scales(i32(0))
                     sums, _ = lax.fori_loop(0, k_steps, k_body, start)
+                    for i, of_product in enumerate(sums):
+                        store(own_tile(i), of_product)
+
+                def store(own, sums):
                     if scaled_at_the_end:
-                        first_row = pl.multiple_of(own_tile.first_row, ROW_ALIGNMENT)
+                        first_row = pl.multiple_of(own.first_row, ROW_ALIGNMENT)
                         of_rows = plgpu.load(xs_gmem.at[pl.ds(first_row, _OWN_ROWS)], layout=by_row, optimized=False)
                         of_rows = along_columns(of_rows, stored_columns)
                     for i in range(columns // stored_columns):
@@ -189,10 +222,15 @@ def run(
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                         out_block[...] = result.astype(out_dtype)
                         plgpu.commit_smem()
-                        tiles.store_rows(out_block, out_gmem, own_tile, first_column + i * stored_columns)
+                        tiles.store_rows(out_block, out_gmem, own, first_column + i * stored_columns)
                         plgpu.commit_smem_to_gmem_group()
 
-                @pl.when(own_tile.high <= 0)
+                highest = [own_tile(i).high for i in range(products)]
+                for i in range(products):
+                    is_last = (highest[i] > 0) & (highest[i + 1] <= 0) if i + 1 < products else highest[i] > 0
+                    pl.when(is_last)(functools.partial(multiply_rows, i + 1))
+
+                @pl.when(highest[0] <= 0)
                 def _skip():
                     @pl.loop(0, k_steps)
                     def _(k_step):
@@ -206,18 +244,18 @@ def run(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
         scratch_types=[
-            plgpu.SMEM((stages, HEIGHTS[-1], BLOCK), FP8, transforms=transforms),
+            plgpu.SMEM((stages, tiling.heights[-1], BLOCK), FP8, transforms=transforms),
             plgpu.SMEM((stages, parts * columns, BLOCK), FP8, transforms=transforms),
-            plgpu.SMEM((stages, HEIGHTS[-1]), f32),
-            plgpu.SMEM((_CONSUMERS, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
+            plgpu.SMEM((stages, tiling.heights[-1]), f32),
+            plgpu.SMEM((consumers, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=_CONSUMERS, num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
         ],
         grid=(num_ctas // PAIR,),
         grid_names=("pair",),
         cluster=(PAIR,),
         cluster_names=("cta",),
-        num_threads=_CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
