@@ -43,13 +43,9 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
             here = pl.ds(lax.min(row_block * _ROWS, total - _ROWS), _ROWS)  # the last may do some rows again
             group = pl.ds(column * BLOCK, BLOCK)
             values = plgpu.load(rows_gmem.at[here, group], layout=plgpu.Layout.WGMMA, optimized=False)
-            values = values.astype(jnp.float32)
-            largest = jnp.max(jnp.abs(values), axis=1)
-            scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
-            scaled = values * lax.broadcast_in_dim(1 / scales, values.shape, (0,))
-            scaled = jnp.maximum(jnp.minimum(scaled, FP8_MAX), -FP8_MAX)
+            values, scales = quantize_rows(values.astype(jnp.float32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            values_smem[...] = scaled.astype(FP8)
+            values_smem[...] = values
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(values_smem, values_gmem.at[here, group])
             scales_gmem[column, here] = scales
@@ -66,3 +62,11 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
         grid_names=("cta",),
     )(rows, num_rows.reshape(1))
     return QuantizedArray(values, scales, "group")
+
+
+def quantize_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In a kernel: `values [rows, n]` float32 in float8, a scale a row, and the scales `[rows]`, as `quant.quantize` has them."""
+    largest = jnp.max(jnp.abs(values), axis=1)
+    scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
+    scaled = values * lax.broadcast_in_dim(1 / scales, values.shape, (0,))
+    return jnp.maximum(jnp.minimum(scaled, FP8_MAX), -FP8_MAX).astype(FP8), scales

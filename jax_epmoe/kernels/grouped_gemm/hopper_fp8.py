@@ -74,7 +74,10 @@ def quantized_matmul(
     expected_rows = rows if expected_rows is None else expected_rows
     by_blocks = x_groups or w_blocks
     if tiling is None:
-        tiling, splits = _choose(rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks)
+        quantizes = quantize_out == "group" and parts == 2 and n % BLOCK == 0
+        tiling, splits = _choose(
+            rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks, quantizes=quantizes
+        )
     # Parts of k are summed before gate and up are gated, so these are columns like others.
     side_by_side = (experts, parts, n) if splits == 1 else (experts, 1, parts * n)
     large = hopper_fp8_large.is_large(tiling)
@@ -120,6 +123,8 @@ def quantized_matmul(
         out = run(None, activation=None, out_dtype=jnp.dtype(jnp.float32), splits=splits, **options)
         out = out if bias is None else out + bias[0, 0]
         out = (out if activation is None else gate(activation, out.reshape(-1, 2, n))).astype(out_dtype)
+    if isinstance(out, QuantizedArray):
+        return QuantizedArray(out.values[:rows], out.scales[:, :rows], "group") if padding else out
     if quantize_out == "group" and not padding and quantize_hopper.serves(out):
         return quantize_hopper.quantize_groups(out, plan[schedule.NUM_ROWS, 0])
     out = out[:rows] if padding else out
@@ -127,15 +132,23 @@ def quantized_matmul(
 
 
 def choose_tiling(
-    *, rows: int, experts: int, n: int, gated: bool, out_dtype: jnp.dtype, one_height: bool = False
+    *,
+    rows: int,
+    experts: int,
+    n: int,
+    gated: bool,
+    out_dtype: jnp.dtype,
+    one_height: bool = False,
+    quantizes: bool = False,
 ) -> Tiling:
     """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256.
 
+    `quantizes`: what is gated may be quantised by the kernel, if it can.
     `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
     """
     rows_per_expert = rows / experts
-    if rows_per_expert >= _MANY_ROWS:
-        return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated)
+    if rows_per_expert >= (_MANY_ROWS_QUANTIZING if quantizes else _MANY_ROWS):
+        return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated, quantizes=quantizes)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= (64 if experts == 1 else 48):
@@ -164,7 +177,14 @@ def choose_splits(*, rows: int, n: int, k: int, tiling: Tiling) -> int:
 
 
 def _choose(
-    rows: int, expected_rows: int, w_shape: tuple[int, ...], parts: int, out_dtype: jnp.dtype, *, whole_blocks: bool
+    rows: int,
+    expected_rows: int,
+    w_shape: tuple[int, ...],
+    parts: int,
+    out_dtype: jnp.dtype,
+    *,
+    whole_blocks: bool,
+    quantizes: bool = False,
 ) -> tuple[Tiling, int]:
     """A tiling, and in how many parts k is summed. `whole_blocks`: gate and up may not meet within a block of w."""
     experts, (n, k) = w_shape[0], w_shape[-2:]
@@ -175,12 +195,19 @@ def _choose(
         splits = choose_splits(rows=rows, n=parts * n, k=k, tiling=tiling)
         if splits > 1:
             return tiling, splits
-    options = {"n": n, "gated": parts == 2, "out_dtype": out_dtype, "one_height": one_height}
+    options = {
+        "n": n,
+        "gated": parts == 2,
+        "out_dtype": out_dtype,
+        "one_height": one_height,
+        "quantizes": quantizes,
+    }
     return choose_tiling(rows=expected_rows, experts=experts, **options), 1
 
 
 _FEWEST_STEPS = 4
 _MANY_ROWS = 512  # of an expert: `hopper_fp8_large` runs
+_MANY_ROWS_QUANTIZING = 512  # where it quantises
 _HEIGHTS = (64, 80, 96, 104, 112, 128)
 
 

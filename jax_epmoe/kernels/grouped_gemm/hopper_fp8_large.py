@@ -5,6 +5,9 @@ promotes, the tensor cores need work from another. Of three warpgroups with one 
 third promotes; two with two products each tend to promote at the same time, but their tiles are higher, and fit groups better that are
 no multiple of three warpgroups' rows. CTAs come in pairs, side by side in n: each loads half of a tile's rows for both.
 
+Where a gated output is to be quantised in groups of 128, two warpgroups have 64 rows each, and a product for gate and one for up: then
+a group lies within a warpgroup, and is quantised from its sums.
+
 A tile's height counts in steps of 64, a product's: that suits groups of several tiles.
 """
 
@@ -17,22 +20,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.config import Activation
+from jax_epmoe.kernels import quantize_hopper
 from jax_epmoe.kernels.activations import gated
 from jax_epmoe.kernels.grouped_gemm import tiles
 from jax_epmoe.kernels.grouped_gemm.layout import OUTPUT_TRANSFORMS, ROW_ALIGNMENT, operand_transforms
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
-from jax_epmoe.quant import BLOCK, FP8
+from jax_epmoe.quant import BLOCK, FP8, QuantizedArray
 
 PAIR = 2  # CTAs of a cluster
 _OWN_ROWS = 64  # of a product
 _THREE_WARPGROUPS = (64, 128, 192)  # heights of a tile: a product each
 _TWO_WARPGROUPS = (64, 128, 192, 256)  # two each
+_QUANTIZING = (64, 128)  # two warpgroups, a product for gate and one for up
 _MOST_ROWS = 4096  # of an expert: three warpgroups are faster
+_SCALE_COPIES = 8  # of a row's scale: TMA stores 16 bytes or more a row
 _BAND = 16  # row tiles that go through all columns before the next ones do, so that they stay in the L2
 
 
-def large_tiling(*, rows_per_expert: float, gated: bool) -> Tiling:
-    """Tiles of 128 rows of w, with a gate 64 of either half."""
+def large_tiling(*, rows_per_expert: float, gated: bool, quantizes: bool = False) -> Tiling:
+    """Tiles of 128 rows of w, with a gate 64 of either half; 128 of either half where it quantises what is gated."""
+    if quantizes:
+        return Tiling(columns=BLOCK, heights=_QUANTIZING, block_k=BLOCK, stages=4)
     columns = 64 if gated else 128
     if rows_per_expert >= _MOST_ROWS:
         return Tiling(columns=columns, heights=_THREE_WARPGROUPS, block_k=BLOCK, stages=4, slots=2)
@@ -41,7 +49,7 @@ def large_tiling(*, rows_per_expert: float, gated: bool) -> Tiling:
 
 def is_large(tiling: Tiling) -> bool:
     """Whether the tiling is one of `large_tiling`'s."""
-    return tiling.heights in (_THREE_WARPGROUPS, _TWO_WARPGROUPS)
+    return tiling.heights in (_THREE_WARPGROUPS, _TWO_WARPGROUPS, _QUANTIZING)
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -58,13 +66,21 @@ def run(
     tiling: Tiling,
     num_ctas: int,
     out_dtype: jnp.dtype,
-) -> jax.Array:
-    """`hopper_fp8._run`, for a plan of `num_ctas // PAIR` pairs and tiles `PAIR * tiling.columns` wide."""
+) -> jax.Array | QuantizedArray:
+    """`hopper_fp8._run`, for a plan of `num_ctas // PAIR` pairs and tiles `PAIR * tiling.columns` wide.
+
+    With a tiling that quantises, `n` a multiple of 128: a `QuantizedArray` of groups, whatever `out_dtype` says.
+    """
     rows, k = x.shape
     parts, n = w.shape[1:3]
     columns, stages = tiling.columns, tiling.stages
     consumers = 3 if tiling.heights == _THREE_WARPGROUPS else 2
-    products = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup, a step
+    row_blocks = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup
+    quantizes = tiling.heights == _QUANTIZING
+    out_dtype = FP8 if quantizes else out_dtype
+    # A warpgroup's products of a step: which of its row blocks by which parts of w.
+    in_one = [(part,) for part in range(parts)] if quantizes else [tuple(range(parts))]
+    products = [(i, of) for i in range(row_blocks) for of in in_one]
     k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, columns)
     stored_columns = 128 // out_dtype.itemsize  # at a time: a row of the widest swizzle
     slots = min(tiling.slots, columns // stored_columns)
@@ -73,7 +89,9 @@ def run(
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
-        *bias_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty = refs
+        bias_gmem, refs = refs[: len(biases)], refs[len(biases) :]
+        (out_gmem, *scales_gmem), refs = refs[: len(out_types)], refs[len(out_types) :]
+        x_smem, w_smem, xs_smem, out_smem, full, empty, *scales_smem = refs
         warpgroup = lax.axis_index("warpgroup")
         walk = tiles.Walk(
             plan_gmem,
@@ -127,7 +145,7 @@ def run(
                 first_column = column_tile(tile) * columns
 
                 def offset(i):
-                    """Of the rows of this warpgroup's i-th product."""
+                    """Of this warpgroup's i-th row block."""
                     return (i * consumers + warpgroup) * _OWN_ROWS
 
                 def own_tile(i):
@@ -157,49 +175,53 @@ def run(
                     k_block = lax.min(k_step, k_steps - 1)
                     return tuple(ws_gmem[tile.expert, part, block, k_block] for part in range(parts))
 
-                def multiply(stage, i, accumulator):
-                    """The i-th product, and its rows' scales."""
-                    own = pl.ds(offset(i), _OWN_ROWS)
-                    plgpu.wgmma(accumulator, x_smem.at[stage, own], w_smem.at[stage].T)
+                def multiply(stage, row_block, of, accumulator):
+                    """A product, and its rows' scales."""
+                    own, of_w = pl.ds(offset(row_block), _OWN_ROWS), pl.ds(of[0] * columns, len(of) * columns)
+                    plgpu.wgmma(accumulator, x_smem.at[stage, own], w_smem.at[stage, of_w].T)
                     if scaled_at_the_end:
                         return accumulator[...], None
                     return accumulator[...], plgpu.load(xs_smem.at[stage, own], layout=by_row, optimized=False)
 
-                def multiply_and_promote(stage, i, sums, of_weights, release):
-                    """The sums of each part, with the i-th product of a stage, which is then released."""
-                    accumulator = plgpu.ACC((_OWN_ROWS, parts * columns), f32)
-                    product, of_rows = pl.run_scoped(functools.partial(multiply, stage, i), accumulator)
+                def multiply_and_promote(stage, row_block, of, sums, of_weights, release):
+                    """The sums, one for each part, with a product of a stage, which is then released."""
+                    accumulator = plgpu.ACC((_OWN_ROWS, len(of) * columns), f32)
+                    product, of_rows = pl.run_scoped(functools.partial(multiply, stage, row_block, of), accumulator)
                     if release:
                         plgpu.barrier_arrive(empty.at[stage])
                     new = []
-                    for part, before in enumerate(sums):
-                        own_product = product[:, part * columns : (part + 1) * columns]
+                    for i, (part, before) in enumerate(zip(of, sums, strict=True)):
+                        own_product = product[:, i * columns : (i + 1) * columns]
                         if not scaled_at_the_end:
                             own_product = own_product * along_columns(of_rows * of_weights[part], columns)
                         new.append(before + own_product)
                     return tuple(new)
 
                 def multiply_rows(count):
-                    """The tile's rows of this warpgroup, for `count` products a step."""
+                    """The tile's first `count` row blocks of this warpgroup."""
+                    own_products = [(row_block, of) for row_block, of in products if row_block < count]
+                    is_one = len(own_products) == 1
 
                     def k_body(k_step, carry):
                         sums, of_weights = carry
                         stage = wait_for(k_step)
                         following = weight_scales(k_step + 1)
                         new = []
-                        for i, before in enumerate(sums):
+                        for product, before in zip(own_products, sums, strict=True):
+                            release = product == own_products[-1]
                             add = functools.partial(
-                                multiply_and_promote, stage, i, before, of_weights, release=i == count - 1
+                                multiply_and_promote, stage, *product, before, of_weights, release=release
                             )
                             # Behind a branch ptxas does not share an accumulator's zeros with the next one's, by moves.
-                            new.append(add() if count == 1 else lax.cond(tile.expert >= 0, add, lambda b=before: b))
+                            new.append(add() if is_one else lax.cond(tile.expert >= 0, add, lambda b=before: b))
                         return tuple(new), following
 
                     zeros = plgpu.layout_cast(jnp.zeros((_OWN_ROWS, columns), f32), plgpu.Layout.WGMMA)
-                    start = ((zeros,) * parts,) * count, weight_scales(i32(0))
+                    start = tuple((zeros,) * len(of) for _, of in own_products), weight_scales(i32(0))
                     sums, _ = lax.fori_loop(0, k_steps, k_body, start)
-                    for i, of_product in enumerate(sums):
-                        store(own_tile(i), of_product)
+                    for row_block in range(count):
+                        of_block = [sums[i] for i, (block, _) in enumerate(own_products) if block == row_block]
+                        store(own_tile(row_block), sum(of_block, ()))
 
                 def store(own, sums):
                     if scaled_at_the_end:
@@ -220,14 +242,20 @@ def run(
                         result = gated(activation, *of_parts) if activation else of_parts[0]
                         out_block = out_smem.at[warpgroup, i % slots]
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                        if quantizes:
+                            result, scales = quantize_hopper.quantize_rows(result)
+                            scales_block = scales_smem[0].at[warpgroup]
+                            scales_block[...] = along_columns(scales, _SCALE_COPIES)
                         out_block[...] = result.astype(out_dtype)
                         plgpu.commit_smem()
                         tiles.store_rows(out_block, out_gmem, own, first_column + i * stored_columns)
+                        if quantizes:
+                            tiles.store_rows(scales_block, scales_gmem[0].at[column_tile(tile)], own, 0)
                         plgpu.commit_smem_to_gmem_group()
 
-                highest = [own_tile(i).high for i in range(products)]
-                for i in range(products):
-                    is_last = (highest[i] > 0) & (highest[i + 1] <= 0) if i + 1 < products else highest[i] > 0
+                highest = [own_tile(i).high for i in range(row_blocks)]
+                for i in range(row_blocks):
+                    is_last = (highest[i] > 0) & (highest[i + 1] <= 0) if i + 1 < row_blocks else highest[i] > 0
                     pl.when(is_last)(functools.partial(multiply_rows, i + 1))
 
                 @pl.when(highest[0] <= 0)
@@ -239,10 +267,14 @@ def run(
             walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    biases = [] if bias is None else [bias]
     transforms = operand_transforms(k, 1)
-    return plgpu.kernel(
+    out_types = [jax.ShapeDtypeStruct((rows, n), out_dtype)]
+    if quantizes:
+        out_types.append(jax.ShapeDtypeStruct((column_tiles, rows, _SCALE_COPIES), f32))
+    out, *scales = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
+        out_type=out_types,
         scratch_types=[
             plgpu.SMEM((stages, tiling.heights[-1], BLOCK), FP8, transforms=transforms),
             plgpu.SMEM((stages, parts * columns, BLOCK), FP8, transforms=transforms),
@@ -250,6 +282,7 @@ def run(
             plgpu.SMEM((consumers, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
+            *([plgpu.SMEM((consumers, _OWN_ROWS, _SCALE_COPIES), f32)] if quantizes else []),
         ],
         grid=(num_ctas // PAIR,),
         grid_names=("pair",),
@@ -258,4 +291,5 @@ def run(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
+    )(x, w, x_scale, w_scale, plan, *biases)
+    return QuantizedArray(out, scales[0][..., 0], "group") if quantizes else out
