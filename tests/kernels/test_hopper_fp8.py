@@ -138,7 +138,9 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
 )
 def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
     out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
-    tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
+    tiling = hopper_fp8.choose_tiling(
+        rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype, quantizes=quantize_out == "group"
+    )
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
     output = height * 128 * out_dtype.itemsize
     if hopper_fp8_large.is_large(tiling):

@@ -33,7 +33,6 @@ _THREE_WARPGROUPS = (64, 128, 192)  # heights of a tile: a product each
 _TWO_WARPGROUPS = (64, 128, 192, 256)  # two each
 _QUANTIZING = (64, 128)  # two warpgroups, a product for gate and one for up
 _MOST_ROWS = 4096  # of an expert: three warpgroups are faster
-_SCALE_COPIES = 8  # of a row's scale: TMA stores 16 bytes or more a row
 _BAND = 16  # row tiles that go through all columns before the next ones do, so that they stay in the L2
 
 
@@ -244,13 +243,12 @@ def run(
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                         if quantizes:
                             result, scales = quantize_hopper.quantize_rows(result)
-                            scales_block = scales_smem[0].at[warpgroup]
-                            scales_block[...] = along_columns(scales, _SCALE_COPIES)
+                            scales_smem[0][warpgroup] = scales
                         out_block[...] = result.astype(out_dtype)
                         plgpu.commit_smem()
                         tiles.store_rows(out_block, out_gmem, own, first_column + i * stored_columns)
                         if quantizes:
-                            tiles.store_rows(scales_block, scales_gmem[0].at[column_tile(tile)], own, 0)
+                            tiles.store_numbers(scales_smem[0].at[warpgroup], scales_gmem[0], column_tile(tile), own)
                         plgpu.commit_smem_to_gmem_group()
 
                 highest = [own_tile(i).high for i in range(row_blocks)]
@@ -271,7 +269,7 @@ def run(
     transforms = operand_transforms(k, 1)
     out_types = [jax.ShapeDtypeStruct((rows, n), out_dtype)]
     if quantizes:
-        out_types.append(jax.ShapeDtypeStruct((column_tiles, rows, _SCALE_COPIES), f32))
+        out_types.append(jax.ShapeDtypeStruct((column_tiles, rows), f32))
     out, *scales = plgpu.kernel(
         kernel,
         out_type=out_types,
@@ -282,7 +280,7 @@ def run(
             plgpu.SMEM((consumers, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
-            *([plgpu.SMEM((consumers, _OWN_ROWS, _SCALE_COPIES), f32)] if quantizes else []),
+            *([plgpu.SMEM((consumers, _OWN_ROWS), f32)] if quantizes else []),
         ],
         grid=(num_ctas // PAIR,),
         grid_names=("pair",),
@@ -292,4 +290,4 @@ def run(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, x_scale, w_scale, plan, *biases)
-    return QuantizedArray(out, scales[0][..., 0], "group") if quantizes else out
+    return QuantizedArray(out, *scales, "group") if quantizes else out

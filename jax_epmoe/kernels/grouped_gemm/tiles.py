@@ -115,25 +115,42 @@ def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) ->
     max_height, columns = block_smem.shape
     first_row, size = pl.multiple_of(tile.first_row, ROW_ALIGNMENT), lax.max(tile.high - tile.low, i32(0))
 
-    @pl.when(size == max_height)
-    def _():
+    def copy(offset, height):
         plgpu.copy_smem_to_gmem(
-            block_smem, out_gmem.at[pl.ds(first_row, max_height), pl.ds(column, columns)], commit_group=False
+            block_smem.at[pl.ds(offset, height)],
+            out_gmem.at[pl.ds(first_row + offset, height), pl.ds(column, columns)],
+            commit_group=False,
         )
 
-    @pl.when(size != max_height)
-    def _():
-        offset = tile.low
-        piece = 1 << (max_height.bit_length() - 1)
-        while piece:  # the size's binary digits: a copy's height must be static
+    pl.when(size == max_height)(lambda: copy(0, max_height))
+    pl.when(size != max_height)(lambda: _in_pieces(copy, tile.low, size, max_height))
 
-            @pl.when((size & piece) != 0)
-            def _(piece=piece, offset=offset):
-                plgpu.copy_smem_to_gmem(
-                    block_smem.at[pl.ds(offset, piece)],
-                    out_gmem.at[pl.ds(first_row + offset, piece), pl.ds(column, columns)],
-                    commit_group=False,
-                )
 
-            offset = offset + (size & piece)
-            piece //= 2
+def store_numbers(numbers_smem: Any, out_gmem: Any, index: jax.Array, tile: Tile) -> None:
+    """Copies a number for each of the expert's rows of a tile, `[max height]` float32, to `out[index, rows]`."""
+    (max_height,) = numbers_smem.shape
+    first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
+    # TMA takes multiples of 16 bytes: it has what is whole eights, and the rest goes one by one.
+    low, high = lax.div(tile.low + (ROW_ALIGNMENT - 1), i32(ROW_ALIGNMENT)), lax.div(tile.high, i32(ROW_ALIGNMENT))
+
+    def copy(offset, count):
+        row = pl.multiple_of(offset * ROW_ALIGNMENT, ROW_ALIGNMENT)
+        here = pl.ds(row, count * ROW_ALIGNMENT)
+        there = pl.ds(pl.multiple_of(first_row + row, ROW_ALIGNMENT), count * ROW_ALIGNMENT)
+        plgpu.copy_smem_to_gmem(numbers_smem.at[here], out_gmem.at[index, there], commit_group=False)
+
+    def copy_one(row, _):
+        out_gmem[index, first_row + row] = numbers_smem[row]
+
+    _in_pieces(copy, low, lax.max(high - low, i32(0)), max_height // ROW_ALIGNMENT)
+    lax.fori_loop(tile.low, lax.min(low * ROW_ALIGNMENT, tile.high), copy_one, None)
+    lax.fori_loop(lax.max(high, low) * ROW_ALIGNMENT, tile.high, copy_one, None)
+
+
+def _in_pieces(copy: Callable[[Any, int], None], offset: jax.Array, size: jax.Array, most: int) -> None:
+    """Copies `size` in pieces, its binary digits: a copy's height must be static."""
+    piece = 1 << (most.bit_length() - 1)
+    while piece:
+        pl.when((size & piece) != 0)(functools.partial(copy, offset, piece))
+        offset = offset + (size & piece)
+        piece //= 2
