@@ -53,6 +53,7 @@ from jax_epmoe.moe.gated_mlp import GatedMLP
 from jax_epmoe.moe.plan import make_plan
 from jax_epmoe.moe.router import route
 from jax_epmoe.quant import FORMATS, Format, QuantizedWeights, quantize
+from jax_epmoe.tune import UNTUNED
 
 DTYPE = jnp.bfloat16
 _UNCACHED_BYTES = 200e6  # four times the L2
@@ -177,7 +178,8 @@ def _quantize(w: jax.Array, format: Format) -> QuantizedWeights:
     return QuantizedWeights(quantize(w, format.weights), None, format)
 
 
-@jax.jit
+# XLA leaves out a rounding to float8 and back where it may: then the numbers would be those of another layer.
+@partial(jax.jit, compiler_options={**UNTUNED, "xla_allow_excess_precision": False})
 def _expected(x, weights, ids, experts, first_expert) -> jax.Array:
     """The rank's part for a few tokens, `[S, H]`, in float32; quantised where the layer quantises."""
     w_gate_up, w_down = experts

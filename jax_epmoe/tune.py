@@ -183,7 +183,7 @@ def model_config(name: str) -> MoEConfig:
 
 
 def make_cases(config: MoEConfig, tp_size: int, ep_size: int, tokens: Iterable[int]) -> list[Case]:
-    """Both products of a layer on one device of a mesh, each for rows rounded up to a power of two, rising.
+    """Both products of a layer on one device of a mesh, each for balanced routing's rows, rounded up to a multiple of 8, rising.
 
     Raises:
       ValueError: numbers that are not positive, or sizes of the mesh that do not divide.
@@ -194,17 +194,12 @@ def make_cases(config: MoEConfig, tp_size: int, ep_size: int, tokens: Iterable[i
     require(config.num_experts % ep_size == 0, "--ep-size", ep_size, f"a divisor of the {config.num_experts} experts")
     experts, hidden = config.num_experts // ep_size, config.hidden_size
     inner = -(-config.intermediate_size // (tp_size // ep_size))
-    all_rows = sorted({_power_of_two(count * config.top_k / ep_size) for count in tokens})
+    all_rows = sorted({-(-count * config.top_k // (ep_size * ROW_ALIGNMENT)) * ROW_ALIGNMENT for count in tokens})
     return [
         case
         for rows in all_rows
         for case in (Case("up", rows, experts, hidden, inner, True), Case("down", rows, experts, inner, hidden, False))
     ]
-
-
-def _power_of_two(rows: float) -> int:
-    """The next power of two, at least the rows that a tile begins at multiples of."""
-    return max(ROW_ALIGNMENT, 1 << (math.ceil(rows) - 1).bit_length())
 
 
 def candidates(case: Case) -> list[Tiling]:

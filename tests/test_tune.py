@@ -74,10 +74,10 @@ def test_a_model_and_a_mesh_give_the_products_of_one_device():
     assert make_cases(coder, 8, 8, [8192, 1]) == [
         Case("up", 8, 20, 5120, 1536, True),
         Case("down", 8, 20, 1536, 5120, False),
-        Case("up", 8192, 20, 5120, 1536, True),  # 6144 rows, rounded up to a power of two
-        Case("down", 8192, 20, 1536, 5120, False),
+        Case("up", 6144, 20, 5120, 1536, True),
+        Case("down", 6144, 20, 1536, 5120, False),
     ]
-    assert make_cases(coder, 8, 2, [8192])[0] == Case("up", 32768, 80, 5120, 384, True)
+    assert make_cases(coder, 8, 2, [8192])[0] == Case("up", 24576, 80, 5120, 384, True)
     assert make_cases(MODELS["gpt-oss-20b"], 7, 1, [8192])[1].k == 412  # padded, as the layer does
 
 
@@ -121,7 +121,7 @@ def test_the_fastest_is_kept_and_later_calls_get_it(table, capsys):
     assert (up.us, up.heuristic_us, up.device, up.versions) == (80.0, 100.0, "cpu", tuning.versions())
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["product", "rows", "heuristic"]
-    assert lines[2].split()[:5] == ["up", "8192", "100.0", "80.0", "20.0%"]
+    assert lines[2].split()[:5] == ["up", "6144", "100.0", "80.0", "20.0%"]
 
 
 def test_a_gain_within_the_noise_changes_nothing(table, capsys):
@@ -145,7 +145,7 @@ def test_what_does_not_run_is_left_out_with_a_note(table, capsys):
     out, err = capsys.readouterr()
     assert err.count("left out Tiling") == 2
     assert err.count("ValueError: too high") == 2
-    assert "down, 8192 rows: nothing ran: NotImplementedError: no such product" in err
+    assert "down, 6144 rows: nothing ran: NotImplementedError: no such product" in err
     assert "not measured" in out.splitlines()[-1]
 
 
@@ -158,14 +158,14 @@ def test_what_was_measured_before_an_interrupt_is_not_measured_again(table, caps
     call = [*CODER, "--tokens", "64", "8192"]
     first, second, third, forced = Clock(until_the_second), Clock(), Clock(), Clock()
     assert tune.main(call, measure=first) == 130
-    assert [(entry.gated, entry.rows) for entry in entries(table)] == [(True, 64)]
+    assert [(entry.gated, entry.rows) for entry in entries(table)] == [(True, 48)]
     assert "epmoe-tune: interrupted" in capsys.readouterr().err
     assert tune.main(call, measure=second) == 0
-    assert second.calls == [("down", 64), ("up", 8192), ("down", 8192)]
+    assert second.calls == [("down", 48), ("up", 6144), ("down", 6144)]
     assert tune.main(call, measure=third) == 0
     assert third.calls == []
     assert tune.main([*call, "--force"], measure=forced) == 0
-    assert forced.calls == [("up", 64), *second.calls]
+    assert forced.calls == [("up", 48), *second.calls]
     assert len(entries(table)) == 4
 
 

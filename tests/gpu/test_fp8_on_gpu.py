@@ -102,9 +102,7 @@ def test_large_groups_are_quantised_where_they_were_summed(kinds, load):
     options["out_dtype"] = jnp.bfloat16
     tiling = hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True, quantizes=True)
     jnp.full((4096, 896), jnp.nan, FP8).block_until_ready().delete()  # memory that the output may get
-    got, again = (
-        hopper_fp8.quantized_matmul(x.values, w.values, sizes, tiling=tiling, **options) for _ in range(2)
-    )
+    got, again = (hopper_fp8.quantized_matmul(x.values, w.values, sizes, tiling=tiling, **options) for _ in range(2))
     expected = reference.quantized_matmul(x.values, w.values, sizes, **options)
     valid = int(sizes.sum())
     np.testing.assert_allclose(got.scales[:, :valid], expected.scales[:, :valid], rtol=5e-3)

@@ -63,28 +63,27 @@ def test_the_users_folder_is_in_the_home_unless_told(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (511, None),
-        (512, OURS),
-        (1024, OURS),
-        (2047, OURS),  # by ratio nearer to 1024 than to 8192
-        (2048, OURS),
-        (2049, None),
-        (4095, None),
-        (4096, OTHER),
-        (16384, OTHER),
-        (16385, None),
+        (799, None),
+        (800, OURS),
+        (1000, OURS),
+        (1250, OURS),
+        (1251, None),
+        (6399, None),
+        (6400, OTHER),
+        (10000, OTHER),
+        (10001, None),
     ],
 )
-def test_the_nearest_measured_rows_serve_within_a_factor_of_two(folders, rows, expected):
-    write(folders[0], entry(1024), entry(8192, OTHER))
+def test_the_nearest_measured_rows_serve_within_a_quarter_more(folders, rows, expected):
+    write(folders[0], entry(1000), entry(8000, OTHER))
     expected = expected or heuristic(rows=rows, **SIZES)
     assert choose_tiling(rows=rows, **SIZES) == expected
 
 
 def test_nearest_is_by_ratio(folders):
-    write(folders[0], entry(1024), entry(2048, OTHER))
-    assert choose_tiling(rows=1440, **SIZES) == OURS  # 1.41 times 1024; 2048 is 1.42 times 1440
-    assert choose_tiling(rows=1460, **SIZES) == OTHER
+    write(folders[0], entry(1024), entry(1440, OTHER))
+    assert choose_tiling(rows=1208, **SIZES) == OURS  # 1.18 times 1024; 1440 is 1.19 times 1208
+    assert choose_tiling(rows=1216, **SIZES) == OTHER
 
 
 def test_a_single_row_is_served_as_the_eight_that_the_kernel_makes_of_it(folders):

@@ -147,7 +147,7 @@ def choose_tiling(
     `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
     """
     rows_per_expert = rows / experts
-    if rows_per_expert >= (_MANY_ROWS_QUANTIZING if quantizes else _MANY_ROWS):
+    if rows_per_expert >= _MANY_ROWS:
         return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated, quantizes=quantizes)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
@@ -207,7 +207,6 @@ def _choose(
 
 _FEWEST_STEPS = 4
 _MANY_ROWS = 512  # of an expert: `hopper_fp8_large` runs
-_MANY_ROWS_QUANTIZING = 512  # where it quantises
 _HEIGHTS = (64, 80, 96, 104, 112, 128)
 
 

@@ -290,4 +290,4 @@ def run(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(x, w, x_scale, w_scale, plan, *biases)
-    return QuantizedArray(out, *scales, "group") if quantizes else out
+    return QuantizedArray(out, scales[0], "group") if quantizes else out

@@ -29,6 +29,7 @@ SHARED_MEMORY_LIMIT = 227 * 1024  # bytes that a CTA may have on Hopper
 _FORMAT = 1
 _PACKAGED = Path(__file__).parent / "tuned"
 _NUM_SMS = 132
+_REACH = 1.25  # of a measured tiling, in rows: 1.33 times fewer were 7% slower with one than with the heuristic's
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Tiling:
 def choose_tiling(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling:
     """A tiling for `rows` rows over `experts` groups of unknown sizes, `k` -> `n` (with a gate: n of each half).
 
-    The one measured at the nearest number of rows (by ratio), if that is within a factor of two; else `heuristic`'s.
+    The one measured at the nearest number of rows (by ratio), if that is within a factor of 1.25; else `heuristic`'s.
     """
     measured = _measured(jax.devices()[0].device_kind, user_folder()).get((experts, k, n, gated), {})
     rows = max(rows, ROW_ALIGNMENT)
     nearest = min(measured, key=lambda there: abs(math.log(there / rows)), default=0)
-    if rows <= 2 * nearest <= 4 * rows:
+    if max(rows, nearest) <= _REACH * min(rows, nearest):
         return measured[nearest]
     return heuristic(rows=rows, experts=experts, n=n, k=k, gated=gated)
 
