@@ -36,7 +36,6 @@ THINNED: dict[str, int | tuple[str, ...]] = {
         "sizes around the tile",
     ),
     "kernels/test_hopper_fp8.py::test_it_computes_the_definition": (
-        "blocks",
         "channels, a gate, a gather",
         "blocks, k in parts",
         "large groups",

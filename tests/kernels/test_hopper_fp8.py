@@ -41,7 +41,7 @@ CASES = {
         "kinds": KINDS["channel"], "gated": True, "k": 384, "n": 136, "sizes": (16,), "rows": 16, "splits": 3,
     },
     "large groups": {
-        "sizes": (3, 0, 206, 70), "rows": 280, "k": 160,
+        "sizes": (3, 0, 198), "rows": 208, "k": 160,
         "tiling": hopper_fp8_large.large_tiling(rows_per_expert=512, gated=False),
     },
     "larger groups": {
