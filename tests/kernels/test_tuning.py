@@ -15,6 +15,7 @@ from jax_epmoe.kernels.grouped_gemm.tuning import Entry, Tiling, choose_tiling, 
 
 SIZES = {"experts": 20, "n": 1536, "k": 5120, "gated": True}
 DEVICE = "cpu"  # the default device of the tests
+PACKAGED = sorted(tuning._PACKAGED.glob("*.json"))
 OURS, OTHER = Tiling(columns=128, heights=(48, 96), stages=3), Tiling(columns=128, heights=(24,), stages=2)
 
 
@@ -235,6 +236,16 @@ def test_shared_memory_is_what_the_kernel_asks_for(tiling, gated, monkeypatch):
         lower()
     with mosaic_core.artificial_shared_memory_limit(asked - 1), pytest.raises(ValueError, match=f"smem_bytes={asked} "):
         lower()
+
+
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_the_package_s_tables_are_whole_and_of_this_kernel(path):
+    device = json.loads(path.read_text(encoding="utf-8"))["device"]
+    entries = tuning.read_table(path, device)
+    assert path.name == tuning.table_name(device)
+    assert len({entry.place for entry in entries}) == len(entries) > 0
+    assert {entry.versions["kernel"] for entry in entries} == {tuning.KERNEL_VERSION}
+    assert all(tuning.is_valid(tuning.parse_tiling(entry.tiling, entry.gated), entry.gated) for entry in entries)
 
 
 def test_the_heuristics_choices_are_valid_at_any_sizes():
