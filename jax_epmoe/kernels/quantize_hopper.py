@@ -43,7 +43,7 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
             here = pl.ds(lax.min(row_block * _ROWS, total - _ROWS), _ROWS)  # the last may do some rows again
             group = pl.ds(column * BLOCK, BLOCK)
             values = plgpu.load(rows_gmem.at[here, group], layout=plgpu.Layout.WGMMA, optimized=False)
-            values, scales = quantize_rows(values.astype(jnp.float32))
+            values, scales = quantize_values(values.astype(jnp.float32))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             values_smem[...] = values
             plgpu.commit_smem()
@@ -64,7 +64,7 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
     return QuantizedArray(values, scales, "group")
 
 
-def quantize_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize_values(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """In a kernel: `values [rows, n]` float32 in float8, a scale a row, and the scales `[rows]`, as `quant.quantize` has them."""
     largest = jnp.max(jnp.abs(values), axis=1)
     scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))

@@ -195,14 +195,16 @@ def _choose(
         splits = choose_splits(rows=rows, n=parts * n, k=k, tiling=tiling)
         if splits > 1:
             return tiling, splits
-    options = {
-        "n": n,
-        "gated": parts == 2,
-        "out_dtype": out_dtype,
-        "one_height": one_height,
-        "quantizes": quantizes,
-    }
-    return choose_tiling(rows=expected_rows, experts=experts, **options), 1
+    tiling = choose_tiling(
+        rows=expected_rows,
+        experts=experts,
+        n=n,
+        gated=parts == 2,
+        out_dtype=out_dtype,
+        one_height=one_height,
+        quantizes=quantizes,
+    )
+    return tiling, 1
 
 
 _FEWEST_STEPS = 4

@@ -32,7 +32,7 @@ _OWN_ROWS = 64  # of a product
 _THREE_WARPGROUPS = (64, 128, 192)  # heights of a tile: a product each
 _TWO_WARPGROUPS = (64, 128, 192, 256)  # two each
 _QUANTIZING = (64, 128)  # two warpgroups, a product for gate and one for up
-_MOST_ROWS = 4096  # of an expert: three warpgroups are faster
+_THREE_FROM = 4096  # rows of an expert
 _BAND = 16  # row tiles that go through all columns before the next ones do, so that they stay in the L2
 
 
@@ -41,7 +41,7 @@ def large_tiling(*, rows_per_expert: float, gated: bool, quantizes: bool = False
     if quantizes:
         return Tiling(columns=BLOCK, heights=_QUANTIZING, block_k=BLOCK, stages=4)
     columns = 64 if gated else 128
-    if rows_per_expert >= _MOST_ROWS:
+    if rows_per_expert >= _THREE_FROM:
         return Tiling(columns=columns, heights=_THREE_WARPGROUPS, block_k=BLOCK, stages=4, slots=2)
     return Tiling(columns=columns, heights=_TWO_WARPGROUPS, block_k=BLOCK, stages=4)
 
@@ -242,7 +242,7 @@ def run(
                         out_block = out_smem.at[warpgroup, i % slots]
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                         if quantizes:
-                            result, scales = quantize_hopper.quantize_rows(result)
+                            result, scales = quantize_hopper.quantize_values(result)
                             scales_smem[0][warpgroup] = scales
                         out_block[...] = result.astype(out_dtype)
                         plgpu.commit_smem()
