@@ -49,7 +49,7 @@ from bench.sharded_decoder import DECODE, PREFILL, VARIANTS, Mode, Variant, exch
 from bench.timing import stream_us
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "deepseek-coder-v2"
-_FOR_COMPILING = 0.6  # of the time that is left
+_FOR_COMPILING = 0.7  # of the time that is left
 
 
 def main() -> int:
@@ -214,7 +214,11 @@ class Bench:
             ready = []
             for worker in tqdm(workers, desc=f"{quantize}: compiling"):
                 with self.failing(worker.rows):
-                    answer = worker.ready(compiled)
+                    try:
+                        answer = worker.ready(compiled)
+                    except Exception:
+                        worker.close()  # or it would go on compiling on GPUs that others are timed on
+                        raise
                     told = {"quantize": quantize, "mode": worker.mode, "phase": worker.rows[0]["phase"]}
                     self.result["compile"].append({**told, **answer})
                     if "failed" in answer:

@@ -1,5 +1,7 @@
 """Rows quantised in groups of 128 on Hopper: only those that there are, read once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +14,7 @@ from jax_epmoe.quant import BLOCK, FP8, FP8_MAX, QuantizedArray
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _ROWS = 64
 _CTAS = 8  # a streaming multiprocessor
+MAX_ROOM = 1024
 
 
 def serves(rows: jax.Array) -> bool:
@@ -66,7 +69,29 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
 
 def quantize_values(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """In a kernel: `values [rows, n]` float32 in float8, a scale a row, and the scales `[rows]`, as `quant.quantize` has them."""
-    largest = jnp.max(jnp.abs(values), axis=1)
-    scales = jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
-    scaled = values * lax.broadcast_in_dim(1 / scales, values.shape, (0,))
-    return jnp.maximum(jnp.minimum(scaled, FP8_MAX), -FP8_MAX).astype(FP8), scales
+    scales = scales_of(jnp.max(jnp.abs(values), axis=1))
+    return scaled(values, lax.broadcast_in_dim(1 / scales, values.shape, (0,))).astype(FP8), scales
+
+
+def scales_of(largest: jax.Array) -> jax.Array:
+    """Of values whose largest magnitudes these are."""
+    return jnp.where(largest <= FP8_MAX * jnp.finfo(jnp.float32).tiny, 1.0, largest * (1 / FP8_MAX))
+
+
+def scaled(values: jax.Array, factors: jax.Array) -> jax.Array:
+    """Values times factors, within float8's range."""
+    return jnp.maximum(jnp.minimum(values * factors, FP8_MAX), -FP8_MAX)
+
+
+def largest_of_columns(values: jax.Array, room: Any) -> jax.Array:
+    """`jnp.max(values, axis=0)` in a kernel of several warpgroups, of `[64, n]` float32 in wgmma's layout.
+
+    That function's shared memory is the same for all of them; `room` is a warpgroup's own, `[MAX_ROOM]` float32.
+    """
+    shape = plgpu.ShapeDtypeStruct(values.shape[1:], jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=shape)
+    def largest(ctx: Any, values: Any, room: Any) -> Any:
+        return values.reduce("max", 0, room)
+
+    return largest(values, room)

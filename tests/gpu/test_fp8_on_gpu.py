@@ -93,14 +93,15 @@ def test_a_long_sum_is_not_truncated():
     assert abs(float(jnp.sum(out) / jnp.sum(expected)) - 1) < 2e-3
 
 
+@pytest.mark.parametrize("rows_per_expert", [8, 32, 300, 512])
 @pytest.mark.parametrize("load", ["uneven", "one", "half"])
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
-def test_large_groups_are_quantised_where_they_were_summed(kinds, load):
+def test_what_is_gated_is_quantised_where_it_was_summed(kinds, load, rows_per_expert):
     x, w, sizes = make_case(kinds, 4096, 8, 1056, 896, True, load)
     bias = jax.random.normal(jax.random.key(3), w.shape[:-1], jnp.bfloat16)
     options = {"x_scale": x.scales, "w_scale": w.scales, "activation": "silu", "quantize_out": "group", "bias": bias}
     options["out_dtype"] = jnp.bfloat16
-    tiling = hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True, quantizes=True)
+    tiling = hopper_fp8.choose_tiling(rows=8 * rows_per_expert, experts=8, n=896, gated=True, out_dtype=jnp.dtype(FP8))
     jnp.full((4096, 896), jnp.nan, FP8).block_until_ready().delete()  # memory that the output may get
     got, again = (hopper_fp8.quantized_matmul(x.values, w.values, sizes, tiling=tiling, **options) for _ in range(2))
     expected = reference.quantized_matmul(x.values, w.values, sizes, **options)

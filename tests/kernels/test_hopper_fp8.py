@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.float8_cases import KINDS, make_inputs, run
 
 from jax_epmoe.config import ClampedSwiGLU
+from jax_epmoe.kernels import quantize_hopper
 from jax_epmoe.kernels.grouped_gemm import hopper_fp8, hopper_fp8_large, reference, tuning
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.quant import FP8, dequantize, scale_shape
@@ -93,10 +94,20 @@ def test_it_computes_the_definition(case):
     assert error < (2e-6 if out_dtype == jnp.float32 else 5e-3)
 
 
-def test_a_gates_output_is_quantised_where_it_was_summed():
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True, quantizes=True),
+        LOW,
+        Tiling(columns=128, heights=(32,), block_k=256, stages=2),
+    ],
+    ids=["large", "operands swapped", "two a step"],
+)
+def test_a_gates_output_is_quantised_where_it_was_summed(monkeypatch, tiling):
+    # It writes Mosaic GPU's own code, which the interpreter does not know.
+    monkeypatch.setattr(quantize_hopper, "largest_of_columns", lambda values, room: jnp.max(values, axis=0))
     x, w, sizes, _ = make_inputs(gated=True, sizes=(3, 0, 70), rows=80, k=160, n=384)
     options = {"activation": "silu", "out_dtype": jnp.bfloat16, "quantize_out": "group"}
-    tiling = hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True, quantizes=True)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = jax.tree.map(np.asarray, run(hopper_fp8.quantized_matmul, x, w, sizes, tiling=tiling, **options))
     expected = run(reference.quantized_matmul, x, w, sizes, **options)
@@ -137,10 +148,8 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
     ],
 )
 def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
-    out_dtype = jnp.dtype(jnp.float32 if quantize_out else jnp.bfloat16)
-    tiling = hopper_fp8.choose_tiling(
-        rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype, quantizes=quantize_out == "group"
-    )
+    out_dtype = jnp.dtype({None: jnp.bfloat16, "group": FP8}.get(quantize_out, jnp.float32))
+    tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
     output = height * 128 * out_dtype.itemsize
     if hopper_fp8_large.is_large(tiling):

@@ -7,6 +7,7 @@ number a block of weights and one a row of x, which comes by TMA beside x; other
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -55,13 +56,16 @@ def quantized_matmul(
     """
     experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
     parts = 2 if activation else 1
-    out_dtype = jnp.dtype(jnp.float32 if quantize_out else out_dtype)
+    if quantize_out:
+        in_groups = quantize_out == "group" and parts == 2 and n % BLOCK == 0
+        out_dtype = FP8 if in_groups else jnp.float32
+    out_dtype = jnp.dtype(out_dtype)
     x_groups, w_blocks = x_scale.ndim == 2, w.ndim - w_scale.ndim == 0
     by_channel = w.ndim - w_scale.ndim == 1
     for refused, reason in (
         (not on_hopper(), "the device is not a Hopper GPU"),
         (x.dtype != FP8 or w.dtype != FP8, f"dtypes {x.dtype}, {w.dtype} are not {FP8}"),
-        (out_dtype not in _OUTPUTS, f"out_dtype {out_dtype}"),
+        (quantize_out is None and out_dtype not in _OUTPUTS, f"out_dtype {out_dtype}"),
         (x.size == 0 or w.size == 0, "an operand is empty"),
         (k % FP8_K_ALIGNMENT, f"{FP8_K_ALIGNMENT} does not divide k"),
         (n % ROW_ALIGNMENT, f"{ROW_ALIGNMENT} does not divide n"),
@@ -74,10 +78,9 @@ def quantized_matmul(
     expected_rows = rows if expected_rows is None else expected_rows
     by_blocks = x_groups or w_blocks
     if tiling is None:
-        quantizes = quantize_out == "group" and parts == 2 and n % BLOCK == 0
-        tiling, splits = _choose(
-            rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks, quantizes=quantizes
-        )
+        tiling, splits = _choose(rows, expected_rows, w.shape, parts, out_dtype, whole_blocks=by_blocks)
+    if out_dtype == FP8 and (splits > 1 or tiling.columns != BLOCK):  # a tile's columns are no group
+        out_dtype = jnp.dtype(jnp.float32)
     # Parts of k are summed before gate and up are gated, so these are columns like others.
     side_by_side = (experts, parts, n) if splits == 1 else (experts, 1, parts * n)
     large = hopper_fp8_large.is_large(tiling)
@@ -139,16 +142,17 @@ def choose_tiling(
     gated: bool,
     out_dtype: jnp.dtype,
     one_height: bool = False,
-    quantizes: bool = False,
 ) -> Tiling:
     """A tiling for `rows` rows over `experts` groups of unknown sizes; `block_k` is 128 or 256.
 
-    `quantizes`: what is gated may be quantised by the kernel, if it can.
+    `out_dtype`: float8 where the kernel quantises what is gated.
     `one_height`: for a single group of exactly so many rows, which are cut evenly: code for other heights would be compiled for nothing.
     """
     rows_per_expert = rows / experts
     if rows_per_expert >= _MANY_ROWS:
-        return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated, quantizes=quantizes)
+        return hopper_fp8_large.large_tiling(
+            rows_per_expert=rows_per_expert, gated=gated, quantizes=out_dtype == FP8
+        )
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= (64 if experts == 1 else 48):
@@ -184,7 +188,6 @@ def _choose(
     out_dtype: jnp.dtype,
     *,
     whole_blocks: bool,
-    quantizes: bool = False,
 ) -> tuple[Tiling, int]:
     """A tiling, and in how many parts k is summed. `whole_blocks`: gate and up may not meet within a block of w."""
     experts, (n, k) = w_shape[0], w_shape[-2:]
@@ -202,7 +205,6 @@ def _choose(
         gated=parts == 2,
         out_dtype=out_dtype,
         one_height=one_height,
-        quantizes=quantizes,
     )
     return tiling, 1
 
@@ -215,7 +217,15 @@ _HEIGHTS = (64, 80, 96, 104, 112, 128)
 def _fits(height: int, weights: int, stages: int, block_k: int, out_dtype: jnp.dtype) -> bool:
     """Whether shared memory holds so many stages of a tile of `height` rows and `weights` rows of w, and a block of output."""
     stage = (height + weights) * block_k + 4 * _scales_of(height) * (block_k // BLOCK)
-    return stages * stage + _CONSUMERS * height * 64 * out_dtype.itemsize + 1024 <= SHARED_MEMORY_LIMIT
+    output = _CONSUMERS * height * 64 * out_dtype.itemsize
+    if out_dtype == FP8:
+        output += sum(4 * math.prod(shape) for shape in _for_quantizing(height))
+    return stages * stage + output + 1024 <= SHARED_MEMORY_LIMIT
+
+
+def _for_quantizing(height: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what shared memory holds beside, float32: scales, room for finding maxima, and these, of two tiles."""
+    return (_CONSUMERS, height), (_CONSUMERS, quantize_hopper.MAX_ROOM), (2, _CONSUMERS, height)
 
 
 def _scales_of(height: int) -> int:
@@ -246,18 +256,19 @@ def _run(
     num_ctas: int,
     out_dtype: jnp.dtype,
     splits: int = 1,
-) -> jax.Array:
+) -> jax.Array | QuantizedArray:
     """`w [experts, parts, n, k]`; `x_scale [blocks of k, rows]`, `w_scale [experts, parts, blocks of n, blocks of k]`, or for
     scales at the end `[rows and more]`, `[experts, parts, n and more]`.
 
-    `splits`: tiles hold that part of k each, and are summed by XLA; it divides the steps."""
+    `splits`: tiles hold that part of k each, and are summed by XLA; it divides the steps. `out_dtype` float8: what is gated, quantised
+    in groups of 128, with tiles of so many columns."""
     rows, k = x.shape
     parts, n = w.shape[1:3]
     k_steps, column_tiles = pl.cdiv(k, tiling.block_k) // splits, pl.cdiv(n, tiling.columns)
     own_columns = tiling.columns // _CONSUMERS
     blocks, stages, max_height = own_columns // 64, tiling.stages, tiling.heights[-1]
     promotions = tiling.block_k // BLOCK  # of a step
-    scaled_at_the_end = w_scale.ndim == 3
+    scaled_at_the_end, quantizes = w_scale.ndim == 3, out_dtype == FP8
     scale_steps = 0 if scaled_at_the_end else promotions
     i32, f32 = jnp.int32, jnp.float32
 
@@ -273,7 +284,9 @@ def _run(
         return tile.column_tile - part * column_tiles, part * k_steps
 
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
-        *bias_gmem, out_gmem, x_smem, w_smem, xs_smem, out_smem, full, empty = refs
+        bias_gmem, refs = refs[: len(biases)], refs[len(biases) :]
+        (out_gmem, *scales_gmem), refs = refs[: len(out_types)], refs[len(out_types) :]
+        x_smem, w_smem, xs_smem, out_smem, full, empty, *for_quantizing = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         all_columns = splits * column_tiles
         walk = tiles.Walk(plan_gmem, cta, num_ctas=num_ctas, column_tiles=all_columns, heights=tiling.heights)
@@ -338,6 +351,18 @@ def _run(
                     values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                     return lax.broadcast_in_dim(values, (64, height), (0,))
 
+                def maxima_of_groups(result, height):
+                    """Magnitudes, of each row of a tile's 128 columns: of this warpgroup's 64 and of the other's."""
+                    _, room, maxima, met = for_quantizing
+                    # Two tiles' by turns: the other warpgroup may still be reading the last one's.
+                    of_tile = maxima.at[lax.rem(step, i32(2))]
+                    own = quantize_hopper.largest_of_columns(jnp.abs(result), room.at[warpgroup])
+                    of_tile[warpgroup, pl.ds(0, height)] = own
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
+                    others = of_tile.at[1 - warpgroup, pl.ds(0, height)]
+                    return jnp.maximum(own, plgpu.load(others, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False))
+
                 def multiply(height):
                     def k_body(k_step, carry):
                         sums, of_weights = carry
@@ -399,16 +424,28 @@ def _run(
                                 result = result + along_columns(ref.at[*place], height)
                             of_parts.append(result)
                         result = gated(activation, *of_parts) if activation else of_parts[0]
-                        result = result.astype(out_dtype)
-                        if out_dtype.itemsize == 4:  # 16 bits go through the transposed view as they are: matrix stores
+                        if quantizes:
+                            scales = quantize_hopper.scales_of(maxima_of_groups(result, height))
+                            result = quantize_hopper.scaled(result, along_rows(1 / scales, height))
+                        if out_dtype.itemsize != 2:  # 16 bits go through the transposed view as they are: matrix stores
                             result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                        result = result.astype(out_dtype)
                         # One block's room: the next waits until this one has been read.
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         out_smem.at[warpgroup, pl.ds(0, height)].T[...] = result
+                        if quantizes:
+                            for_quantizing[0][warpgroup, pl.ds(0, height)] = scales
                         plgpu.commit_smem()
                         tiles.store_rows(
                             out_smem.at[warpgroup, pl.ds(0, height)], out_gmem, tile, out_column + block * 64
                         )
+                        if quantizes:  # both have them
+                            own_scales = for_quantizing[0].at[warpgroup, pl.ds(0, height)]
+                            pl.when(warpgroup == 0)(
+                                functools.partial(
+                                    tiles.store_numbers, own_scales, scales_gmem[0], tile.column_tile, tile
+                                )
+                            )
                         plgpu.commit_smem_to_gmem_group()
 
                 walk.for_height(tile.code, multiply)
@@ -416,25 +453,36 @@ def _run(
             walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    biases = [] if bias is None else [bias]
     # A copy of one row that is not swizzled is a plain one, which does not stop at the last column.
-    out_columns = n if out_dtype.itemsize == 2 else splits * column_tiles * tiling.columns
-    out_transforms = OUTPUT_TRANSFORMS if out_dtype.itemsize == 2 else ()
-    out = plgpu.kernel(
+    out_columns = splits * column_tiles * tiling.columns if out_dtype == f32 else n
+    out_types = [jax.ShapeDtypeStruct((rows, out_columns), out_dtype)]
+    for_quantizing = []
+    if quantizes:
+        out_types.append(jax.ShapeDtypeStruct((column_tiles, rows), f32))
+        for_quantizing = [plgpu.SMEM(shape, f32) for shape in _for_quantizing(max_height)]
+        for_quantizing.append(plgpu.Barrier(num_arrivals=_CONSUMERS))
+    out, *scales = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((rows, out_columns), out_dtype),
+        out_type=out_types,
         scratch_types=[
             plgpu.SMEM((stages, max_height, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
             plgpu.SMEM((stages, parts, tiling.columns, tiling.block_k), FP8, transforms=operand_transforms(k, 1)),
             plgpu.SMEM((stages, promotions, _scales_of(max_height)), f32),
-            plgpu.SMEM((_CONSUMERS, max_height, 64), out_dtype, transforms=out_transforms),
+            plgpu.SMEM(
+                (_CONSUMERS, max_height, 64), out_dtype, transforms=OUTPUT_TRANSFORMS if out_dtype.itemsize == 2 else ()
+            ),
             plgpu.Barrier(num_arrivals=1 + parts + scale_steps, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+            *for_quantizing,
         ],
         grid=(num_ctas,),
         grid_names=("cta",),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, x_scale, w_scale, plan, *([] if bias is None else [bias]))
+    )(x, w, x_scale, w_scale, plan, *biases)
+    if quantizes:
+        return QuantizedArray(out, scales[0], "group")
     out = out if splits == 1 else jnp.sum(out.reshape(rows, splits, -1), axis=1)
     return out[:, :n]

@@ -68,15 +68,14 @@ def run(
 ) -> jax.Array | QuantizedArray:
     """`hopper_fp8._run`, for a plan of `num_ctas // PAIR` pairs and tiles `PAIR * tiling.columns` wide.
 
-    With a tiling that quantises, `n` a multiple of 128: a `QuantizedArray` of groups, whatever `out_dtype` says.
+    `out_dtype` float8: with a tiling that quantises, `n` a multiple of 128, a `QuantizedArray` of groups.
     """
     rows, k = x.shape
     parts, n = w.shape[1:3]
     columns, stages = tiling.columns, tiling.stages
     consumers = 3 if tiling.heights == _THREE_WARPGROUPS else 2
     row_blocks = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup
-    quantizes = tiling.heights == _QUANTIZING
-    out_dtype = FP8 if quantizes else out_dtype
+    quantizes = out_dtype == FP8
     # A warpgroup's products of a step: which of its row blocks by which parts of w.
     in_one = [(part,) for part in range(parts)] if quantizes else [tuple(range(parts))]
     products = [(i, of) for i in range(row_blocks) for of in in_one]
