@@ -91,18 +91,28 @@ def _best(left: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig) -> jax.Array:
     """-inf for what is not in one of the `topk_group` best groups; of equal groups the first counts."""
     size = config.num_experts // config.n_group
-    inside = [(number <= -i * size) & (number > -(i + 1) * size) for i in range(config.n_group)]
+    spans = [slice(i * size, (i + 1) * size) for i in range(config.n_group)]
+    apart = size % _LANES == 0  # a lane then holds columns of one group side by side
+    inside = [(number <= -span.start) & (number > -span.stop) for span in spans]
     scores = []
-    for own in inside:
-        group = jnp.where(own, left, -jnp.inf)
-        score, first = _best(group, number)
+    for span, own in zip(spans, inside, strict=True):
+        group = left[:, span] if apart else jnp.where(own, left, -jnp.inf)
+        own_number = number[:, span] if apart else number
+        score, first = _best(group, own_number)
         if config.group_score == "top2_sum":
-            score += jnp.max(jnp.where(number == _spread(first, left), -jnp.inf, group), axis=1)
+            score += jnp.max(jnp.where(own_number == _spread(first, group), -jnp.inf, group), axis=1)
         scores.append(score)
-    for i, (own, score) in enumerate(zip(inside, scores, strict=True)):
+    costs = []
+    for i, score in enumerate(scores):
         better = [
             jnp.where(other >= score if j < i else other > score, 1.0, 0.0) for j, other in enumerate(scores) if j != i
         ]
-        cost = jnp.where(sum(better[1:], start=better[0]) < config.topk_group, 0.0, -jnp.inf)
+        costs.append(jnp.where(sum(better[1:], start=better[0]) < config.topk_group, 0.0, -jnp.inf))
+    if apart:
+        groups = [left[:, span] for span in spans]
+        return jnp.concatenate(
+            [group + _spread(cost, group) for group, cost in zip(groups, costs, strict=True)], axis=1
+        )
+    for own, cost in zip(inside, costs, strict=True):
         left = jnp.where(own, left + _spread(cost, left), left)
     return left

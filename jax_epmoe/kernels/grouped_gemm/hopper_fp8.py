@@ -150,9 +150,7 @@ def choose_tiling(
     """
     rows_per_expert = rows / experts
     if rows_per_expert >= _MANY_ROWS:
-        return hopper_fp8_large.large_tiling(
-            rows_per_expert=rows_per_expert, gated=gated, quantizes=out_dtype == FP8
-        )
+        return hopper_fp8_large.large_tiling(rows_per_expert=rows_per_expert, gated=gated, quantizes=out_dtype == FP8)
     if rows_per_expert <= 16:
         tiling = Tiling(columns=128, heights=(16, 32), block_k=2 * BLOCK)
     elif rows_per_expert <= (64 if experts == 1 else 48):
@@ -426,7 +424,7 @@ def _run(
                         result = gated(activation, *of_parts) if activation else of_parts[0]
                         if quantizes:
                             scales = quantize_hopper.scales_of(maxima_of_groups(result, height))
-                            result = quantize_hopper.scaled(result, along_rows(1 / scales, height))
+                            result = result * along_rows(1 / scales, height)
                         if out_dtype.itemsize != 2:  # 16 bits go through the transposed view as they are: matrix stores
                             result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
                         result = result.astype(out_dtype)

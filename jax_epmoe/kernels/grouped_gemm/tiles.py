@@ -13,6 +13,7 @@ from jax_epmoe.kernels.grouped_gemm import schedule
 from jax_epmoe.kernels.grouped_gemm.layout import ROW_ALIGNMENT
 
 i32 = jax.numpy.int32
+_TMA_ALIGNMENT = 128  # bytes in shared memory; a copy of one row that is not swizzled is a plain one, for which 16 do
 
 
 class Tile(NamedTuple):
@@ -122,8 +123,18 @@ def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) ->
             commit_group=False,
         )
 
+    def in_pieces():
+        low, rest = tile.low, size
+        if (
+            columns * out_gmem.dtype.itemsize < _TMA_ALIGNMENT
+        ):  # half of it: one row more or less, and what follows begins at a whole
+            one = low & lax.min(size, i32(1))
+            pl.when(one != 0)(lambda: copy(low, 1))
+            low, rest = low + one, size - one
+        _in_pieces(copy, low, rest, max_height)
+
     pl.when(size == max_height)(lambda: copy(0, max_height))
-    pl.when(size != max_height)(lambda: _in_pieces(copy, tile.low, size, max_height))
+    pl.when(size != max_height)(in_pieces)
 
 
 def store_numbers(numbers_smem: Any, out_gmem: Any, index: jax.Array, tile: Tile) -> None:
