@@ -13,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_epmoe.kernels.device import compute_capability
-
 ROW_ALIGNMENT = 8  # kernels take rows eight at a time
 
 
@@ -25,7 +23,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: int) -> Plan:
-    """Orders a rank's (token, choice) pairs by expert; stable, so that a row's place never depends on the run.
+    """Sorts a rank's (token, choice) pairs by expert; stable, so that a row's place never depends on the run.
 
     Args:
       ids: `[T, k]` int32 expert ids; an id that no rank holds (such as the number of experts) is a pair without work.
@@ -39,26 +37,17 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     is_local = (local >= 0) & (local < num_local_experts)
     key = jnp.where(is_local, local, num_local_experts)
     group_sizes = jnp.sum(key[:, None] == jnp.arange(num_local_experts), axis=0, dtype=jnp.int32)
-    row_pair, row_of_pair = _order(key, group_sizes)
+    row_pair, row_of_pair = _compare(key) if pairs <= _FEW_PAIRS else _sort(key, num_local_experts)
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
     return Plan(jnp.pad(row_pair, (0, rows - pairs)), group_sizes, pair_row)
 
 
-# Up to here all pairs are compared with all: a few small kernels on a GPU, where others are many.
+# Up to here all pairs are compared with all: a few small kernels on a GPU, where a sort is many.
 _FEW_PAIRS = 2048
-_BLOCK = 256  # of more, pairs that are compared with each other
-_MANY_PAIRS = 2**17  # from here on four times as many: there are fewer blocks, which are compared too
-
-
-def _order(key: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stable order of `key [P]`, as row -> pair and pair -> row. Keys past the groups are one more group."""
-    if key.size <= _FEW_PAIRS:
-        return _compare(key)
-    # XLA for CPUs writes the comparisons of `_count` to memory.
-    return _count(key, group_sizes) if compute_capability() else _sort(key, len(group_sizes))
 
 
 def _compare(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The stable order of `key [P]`, as row -> pair and pair -> row."""
     number = jnp.arange(key.size, dtype=jnp.int32)
     other, own = key[None, :], key[:, None]
     before = (other < own) | ((other == own) & (number[None, :] < number[:, None]))
@@ -67,31 +56,8 @@ def _compare(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pair, row
 
 
-def _count(key: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A row is where the key's group begins, and how many of its own are in earlier blocks, and earlier in its block.
-
-    On a GPU these are a handful of kernels of 1 to 3 us; a radix sort is 15 us for 49,152 pairs.
-    """
-    number = jnp.arange(key.size, dtype=jnp.int32)
-    starts = jnp.cumsum(jnp.pad(group_sizes, (1, 0)))
-    size = _BLOCK if key.size < _MANY_PAIRS else 4 * _BLOCK
-    blocks = jnp.pad(key, (0, -key.size % size), constant_values=len(group_sizes)).reshape(-1, size)
-    counts = jnp.sum(blocks[:, :, None] == jnp.arange(len(starts)), axis=1, dtype=jnp.int32)  # [blocks, groups]
-    earlier = _earlier(len(blocks))[:, :, None]
-    firsts = starts + jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
-    same = (blocks[:, :, None] == blocks[:, None, :]) & _earlier(size)
-    row = jnp.take_along_axis(firsts, blocks, axis=1) + jnp.sum(same, axis=2, dtype=jnp.int32)
-    row = row.reshape(-1)[: key.size]
-    return jnp.zeros_like(number).at[row].set(number, unique_indices=True), row
-
-
-def _earlier(count: int) -> jax.Array:
-    """`[count, count]`: whether the second index is less."""
-    return jnp.arange(count)[:, None] > jnp.arange(count)
-
-
 def _sort(key: jax.Array, num_keys: int) -> tuple[jax.Array, jax.Array]:
-    """A radix sort goes over the keys once a byte, so they have as few as they need."""
+    """`_compare` for many. A GPU's radix sort goes over the keys once a byte, so they have as few as they need."""
     number = jnp.arange(key.size, dtype=jnp.int32)
     narrow = jnp.uint8 if num_keys < 2**8 else jnp.uint16 if num_keys < 2**16 else jnp.uint32
     _, pair = jax.lax.sort((key.astype(narrow), number), num_keys=1, is_stable=True)
