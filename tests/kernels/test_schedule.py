@@ -1,6 +1,7 @@
 """The Hopper kernel's tile list, interpreted on the CPU, against a plain loop."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def test_rows_past_the_groups_have_no_tile(work):
 def test_a_single_group_s_tiles_need_no_kernel(size, largest):
     work = {"rows": 512, "heights": (16, 64, 112), "largest_heights": (largest,), "column_tiles": 12, "num_ctas": 132}
     assert made([size], **work).tolist() == expected([size], **work)
-    program = schedule.make_schedule.lower(jax.ShapeDtypeStruct((1,), jnp.int32), **work).as_text()
+    program = jax.jit(partial(schedule.make_schedule, **work)).lower(jax.ShapeDtypeStruct((1,), jnp.int32)).as_text()
     assert "custom_call" not in program
 
 
@@ -154,12 +155,12 @@ def test_no_rows_make_no_tiles(work):
 @pytest.mark.parametrize("cost", [0, 12, 500])
 def test_the_candidate_that_finishes_first_depends_on_a_tiles_fixed_cost(cost, monkeypatch):
     monkeypatch.setattr(schedule, "FIXED_COST", cost)
-    schedule.make_schedule.clear_cache()  # the cost is read when the kernel is traced
+    schedule._make_schedule.clear_cache()  # the cost is read when the kernel is traced
     sizes = np.random.default_rng(1).multinomial(PREFILL["rows"], np.full(20, 1 / 20)).tolist()
     try:
         assert made(sizes, **PREFILL).tolist() == expected(sizes, **PREFILL)
     finally:
-        schedule.make_schedule.clear_cache()
+        schedule._make_schedule.clear_cache()
 
 
 def test_more_rows_than_float32_counts_exactly_are_refused():
@@ -171,4 +172,12 @@ def test_more_rows_than_float32_counts_exactly_are_refused():
 @WORKS
 def test_it_lowers_for_cuda(experts, work):
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    schedule.make_schedule.trace(sizes, **work).lower(lowering_platforms=("cuda",))
+    jax.jit(partial(schedule.make_schedule, **work)).trace(sizes).lower(lowering_platforms=("cuda",))
+
+
+def test_products_of_different_widths_ask_for_the_same_list_where_there_is_nothing_to_pick():
+    def both(sizes):
+        return [schedule.make_schedule(sizes, **{**DECODE, "column_tiles": columns}) for columns in (12, 16)]
+
+    program = jax.jit(both).trace(jax.ShapeDtypeStruct((128,), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("call @_make_schedule(%arg0)") == 2
