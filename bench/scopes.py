@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +34,12 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Event(NamedTuple):
-    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to."""
+    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to, `kernel` its own name if that is NCCL's."""
 
     op: str
     start_ns: float
     duration_ns: float
+    kernel: str = ""
 
 
 # The lines of one device: a GPU's streams.
@@ -142,13 +143,12 @@ def events(line: Any) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _told(line: Any) -> list[Event]:
-    told = [(event, stats.get("hlo_op") or _library_op(event.name)) for event, stats in events(line)]
-    return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
-
-
-def _library_op(kernel: str) -> str | None:
-    """NCCL's kernels are somebody's, told or not."""
-    return kernel if kernel.startswith("nccl") else None
+    told = []
+    for event, stats in events(line):
+        kernel = event.name if event.name.startswith("nccl") else ""
+        if op := stats.get("hlo_op") or kernel:  # NCCL's kernels are somebody's, told or not
+            told.append(Event(str(op), event.start_ns, event.duration_ns, kernel))
+    return told
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
@@ -219,6 +219,33 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
             size //= 2
         found[name] = Collective(kind, size)
     return found
+
+
+_KERNELS = {"AllReduce": "all-reduce", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter"}
+
+
+def place_collectives(
+    device: Lines, known: Container[str], layer_of: Mapping[str, int | None]
+) -> tuple[Lines, dict[str, tuple[str, int | None]]]:
+    """Finds the layers of NCCL's kernels whose instructions tell none, or are no collectives in the program's text (as has been seen, not why).
+
+    They belong to the layer of what began last before them, of `layer_of`'s instructions: those outside layers (None) are among these.
+
+    Returns:
+      One device's lines, with a name of their own for those that are not `known`, and each one's kind and layer.
+    """
+    layer, number = None, 0
+    names = dict[Event, str]()
+    found = dict[str, tuple[str, int | None]]()
+    for event in sorted((event for line in device for event in line), key=lambda event: event.start_ns):
+        if event.kernel and event.op not in layer_of:
+            kind = next((kind for part, kind in _KERNELS.items() if part in event.kernel), "unknown")
+            names[event] = event.op if event.op in known else f"{kind} {number} in layer {layer}"
+            found[names[event]] = kind, layer
+            number += 1
+        elif (own := layer_of.get(event.op, layer)) != layer:
+            layer, number = own, 0
+    return [[event._replace(op=names.get(event, event.op)) for event in line] for line in device], found
 
 
 def _bytes(dtype: str, bits: str, shape: str) -> int:

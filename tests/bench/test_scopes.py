@@ -156,6 +156,32 @@ def test_a_collectives_time_is_the_last_comers_and_the_rest_is_waiting():
     assert scopes.collective_us([first, second], {"all-reduce.3"}) == {"all-reduce.3": (3.0 + 3.0, 1.0 + 0.5)}
 
 
+def test_nccls_kernels_without_a_known_instruction_belong_to_the_layer_before_them():
+    gather, reduce = "ncclDevKernel_AllGather_RING_LL", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
+    compute = [
+        Event("embed", 0, 1),
+        Event("dot.1", 10, 5),
+        Event("fusion.9", 16, 1),
+        Event("dot.2", 40, 5),
+        Event("argmax", 70, 1),
+    ]
+    nccl = [
+        Event("psum.1", 5, 2, reduce), Event("psum.2", 20, 2, reduce), Event(reduce, 25, 2, reduce),
+        Event("call.3", 50, 2, reduce), Event("call.3", 60, 2, gather), Event("all-reduce.8", 65, 1, reduce), Event("call.4", 80, 2, gather),
+    ]  # fmt: skip
+    known, layer_of = {"psum.1", "psum.2", "all-reduce.8"}, {"dot.1": 0, "dot.2": 1, "psum.2": 0, "argmax": None}
+    lines, found = scopes.place_collectives([compute, nccl], known, layer_of)
+    assert lines[0] == compute
+    assert [event.op for event in lines[1]] == [
+        "psum.1", "psum.2", "all-reduce 0 in layer 0", "all-reduce 0 in layer 1", "all-gather 1 in layer 1", "all-reduce.8",
+        "all-gather 0 in layer None",
+    ]  # fmt: skip
+    assert found == {
+        "psum.1": ("all-reduce", None), "all-reduce 0 in layer 0": ("all-reduce", 0), "all-reduce 0 in layer 1": ("all-reduce", 1),
+        "all-gather 1 in layer 1": ("all-gather", 1), "all-reduce.8": ("all-reduce", 1), "all-gather 0 in layer None": ("all-gather", None),
+    }  # fmt: skip
+
+
 def _event(op):
     stats = [("hlo_module", "jit_layer"), *([("hlo_op", op)] if op else [])]
     return type("E", (), {"name": "kernel", "start_ns": 0, "duration_ns": 5, "stats": stats})
