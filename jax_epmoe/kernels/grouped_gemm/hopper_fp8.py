@@ -222,7 +222,7 @@ def _fits(height: int, weights: int, stages: int, block_k: int, out_dtype: jnp.d
 
 
 def _for_quantizing(height: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what shared memory holds beside, float32: scales, room for finding maxima, and these, of two tiles."""
+    """Shapes of what shared memory holds beside, float32, of each warpgroup: scales, room for finding maxima, and these, of two tiles."""
     return (_CONSUMERS, height), (_CONSUMERS, quantize_hopper.MAX_ROOM), (2, _CONSUMERS, height)
 
 
@@ -455,7 +455,7 @@ def _run(
     # A copy of one row that is not swizzled is a plain one, which does not stop at the last column.
     out_columns = splits * column_tiles * tiling.columns if out_dtype == f32 else n
     out_types = [jax.ShapeDtypeStruct((rows, out_columns), out_dtype)]
-    for_quantizing = []
+    for_quantizing: list[Any] = []
     if quantizes:
         out_types.append(jax.ShapeDtypeStruct((column_tiles, rows), f32))
         for_quantizing = [plgpu.SMEM(shape, f32) for shape in _for_quantizing(max_height)]

@@ -79,8 +79,8 @@ def make_schedule(
     """
     if rows >= _MAX_ROWS:
         raise NotImplementedError(f"grouped_gemm's hopper backend: {rows} rows are not fewer than {_MAX_ROWS}")
-    if len(largest_heights) == 1:  # there is nothing to pick: both products of a layer then ask for the same, which XLA may see
-        column_tiles = 1
+    if len(largest_heights) == 1:
+        column_tiles = 1  # there is nothing to pick, and both products of a layer ask for the same, which XLA may see
     return _make_schedule(
         group_sizes,
         rows=rows,

@@ -125,9 +125,8 @@ def store_rows(block_smem: Any, out_gmem: Any, tile: Tile, column: jax.Array) ->
 
     def in_pieces():
         low, rest = tile.low, size
-        if (
-            columns * out_gmem.dtype.itemsize < _TMA_ALIGNMENT
-        ):  # half of it: one row more or less, and what follows begins at a whole
+        if columns * out_gmem.dtype.itemsize < _TMA_ALIGNMENT:
+            # Rows of half of that: one by itself where the first is odd, so that the others begin at a whole.
             one = low & lax.min(size, i32(1))
             pl.when(one != 0)(lambda: copy(low, 1))
             low, rest = low + one, size - one
