@@ -225,16 +225,12 @@ class Profile:
         calls = _PROFILED * (devices if len(recorded) == 1 else 1)  # without GPUs all devices are one
         self.devices = devices
         self.what = scopes.collectives(hlo, devices)
+        # Kernels that do not tell which instruction's they are count as no layer's.
+        unknown = {event.op for lines in recorded for line in lines for event in line if event.op.startswith("nccl")}
+        self.what |= {op: scopes.Collective("unknown", 0) for op in unknown}
         names = [f"layer_{i}" for i in range(num_layers)]
         layer_of, part_of = scopes.scopes(hlo, names), scopes.scopes(hlo, (*PARTS, "head"))
-        self.layer_of: dict[str, int | None] = {op: None for op, part in part_of.items() if part == "head"}
-        self.layer_of |= {op: names.index(name) for op, name in layer_of.items()}
-        sizes = {what.kind: what.bytes for what in self.what.values()}
-        for i, device in enumerate(recorded):
-            recorded[i], placed = scopes.place_collectives(device, self.what.keys(), self.layer_of)
-            for op, (kind, layer) in placed.items():
-                self.layer_of[op] = layer
-                self.what.setdefault(op, scopes.Collective(kind, sizes.get(kind, 0)))
+        self.layer_of = {op: names.index(name) for op, name in layer_of.items()}
         self.times: list[Counter] = []
         for lines in recorded:
             own: Counter[Any] = Counter()

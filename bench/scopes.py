@@ -1,7 +1,7 @@
 """How a program's time on the device divides over its named scopes (`jax.named_scope`), read from a profile.
 
 XLA names the instruction that each of a profile's events ran (`hlo_op`), and the compiled program's text says in which scope
-each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
+each instruction was written. Where the text has another name for it (some collectives), it tells the profile's too (`scheduling_name`). A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
 compiled `ONE_BY_ONE`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
 it once XLA's has run.
 
@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from bench.timing import stream_us
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_PROFILED_AS = re.compile(r'scheduling_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (async|{'|'.join(_KINDS)})(-start)?\(")
@@ -34,12 +35,11 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Event(NamedTuple):
-    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to, `kernel` its own name if that is NCCL's."""
+    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to."""
 
     op: str
     start_ns: float
     duration_ns: float
-    kernel: str = ""
 
 
 # The lines of one device: a GPU's streams.
@@ -143,12 +143,13 @@ def events(line: Any) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _told(line: Any) -> list[Event]:
-    told = []
-    for event, stats in events(line):
-        kernel = event.name if event.name.startswith("nccl") else ""
-        if op := stats.get("hlo_op") or kernel:  # NCCL's kernels are somebody's, told or not
-            told.append(Event(str(op), event.start_ns, event.duration_ns, kernel))
-    return told
+    told = [(event, stats.get("hlo_op") or _library_op(event.name)) for event, stats in events(line)]
+    return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
+
+
+def _library_op(kernel: str) -> str | None:
+    """NCCL's kernels are somebody's, told or not."""
+    return kernel if kernel.startswith("nccl") else None
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
@@ -179,7 +180,7 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
         if header := _COMPUTATION.match(line):
             computation = header[1]
         elif instruction := _INSTRUCTION.match(line):
-            name, op_name, callee = instruction[1], _OP_NAME.search(line), _CALLED.search(line)
+            name, op_name, callee = _name(instruction[1], line), _OP_NAME.search(line), _CALLED.search(line)
             inside[computation].append(name)
             found = [part for part in op_name[1].split("/") if part in names] if op_name else []
             if found:
@@ -203,13 +204,14 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
         if not (match := _COLLECTIVE.match(line)):
             continue
         name, arrays, opcode, starts = match.groups()
+        name = _name(name, line)
         callee = _CALLED.search(line)
         kind = opcode if opcode != "async" else inside.get(callee[1] if callee else "")
         if kind is None:
             continue
         inside[computation] = kind
-        # Of a start: what goes in, then what comes out. An all-reduce's own has but what comes out.
-        both = bool(starts) and opcode != "all-reduce"
+        # Of a start: what goes in, then what comes out. An all-reduce's own may have but what comes out.
+        both = bool(starts) and (opcode != "all-reduce" or arrays.startswith("(("))
         size = sum(_bytes(*array) for array in _ARRAY.findall(arrays) if array[2] or not starts)
         if kind in ("all-gather", "reduce-scatter") and both:
             size = size * devices // (devices + 1)
@@ -221,31 +223,10 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     return found
 
 
-_KERNELS = {"AllReduce": "all-reduce", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter"}
-
-
-def place_collectives(
-    device: Lines, known: Container[str], layer_of: Mapping[str, int | None]
-) -> tuple[Lines, dict[str, tuple[str, int | None]]]:
-    """Finds the layers of NCCL's kernels whose instructions tell none, or are no collectives in the program's text (as has been seen, not why).
-
-    They belong to the layer of what began last before them, of `layer_of`'s instructions: those outside layers (None) are among these.
-
-    Returns:
-      One device's lines, with a name of their own for those that are not `known`, and each one's kind and layer.
-    """
-    layer, number = None, 0
-    names = dict[Event, str]()
-    found = dict[str, tuple[str, int | None]]()
-    for event in sorted((event for line in device for event in line), key=lambda event: event.start_ns):
-        if event.kernel and event.op not in layer_of:
-            kind = next((kind for part, kind in _KERNELS.items() if part in event.kernel), "unknown")
-            names[event] = event.op if event.op in known else f"{kind} {number} in layer {layer}"
-            found[names[event]] = kind, layer
-            number += 1
-        elif (own := layer_of.get(event.op, layer)) != layer:
-            layer, number = own, 0
-    return [[event._replace(op=names.get(event, event.op)) for event in line] for line in device], found
+def _name(name: str, line: str) -> str:
+    """Of the instruction that a line tells, as profiles have it."""
+    profiled = _PROFILED_AS.search(line)
+    return profiled[1] if profiled else name
 
 
 def _bytes(dtype: str, bits: str, shape: str) -> int:

@@ -25,6 +25,7 @@ HloModule jit_layer, is_scheduled=true
 
 ENTRY %main.7 (x.1: f32[4]) -> bf16[4] {
   %x.1 = f32[4]{0} parameter(0), metadata={op_name="x"}
+  %psum.5 = f32[4]{0} all-reduce(%x.1), to_apply=%add, metadata={op_name="jit(layer)/gate_up/psum" scheduling_name="all-reduce-start.1"}
   %while.3 = (s32[], f32[4]) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(layer)/while"}
   ROOT %loop_convert_fusion = bf16[4]{0} fusion(%gte), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(layer)/convert_element_type"}
 }
@@ -34,7 +35,12 @@ NAMES = ("gate_up", "combine")
 
 def test_an_instruction_has_the_scope_that_it_was_written_in_or_that_of_what_it_fuses():
     found = scopes.scopes(HLO, NAMES)
-    assert found == {"multiply.1": "combine", "custom-call.2": "gate_up", "loop_convert_fusion": "combine"}
+    assert found == {
+        "multiply.1": "combine",
+        "custom-call.2": "gate_up",
+        "loop_convert_fusion": "combine",
+        "all-reduce-start.1": "gate_up",
+    }
 
 
 def test_what_runs_inside_a_loops_event_counts_once():
@@ -123,7 +129,9 @@ COLLECTIVES = """\
 
 ENTRY %main (x: bf16[8,16]) -> f8e4m3fn[8,16] {
   %psum.3 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %psum.4 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, to_apply=%add, metadata={op_name="jit(f)/psum" scheduling_name="all-reduce-start.2"}
   %all-reduce-start = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-start(%a, %b), channel_id=2, to_apply=%add
+  %all-reduce-start.1 = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%a), channel_id=2, to_apply=%add
   %all-reduce-done = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-done(%all-reduce-start)
   %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%y), channel_id=3, dimensions={0}
   ROOT %all-gather.9 = f8e4m3fn[8,16]{1,0} all-gather(%y), channel_id=3, dimensions={0}
@@ -140,7 +148,9 @@ def test_collectives_are_found_with_the_bytes_of_the_whole_array():
     assert found == {
         "reduce_scatter.2": ("reduce-scatter", 256),
         "psum.3": ("all-reduce", 256),
+        "all-reduce-start.2": ("all-reduce", 256),
         "all-reduce-start": ("all-reduce", 32 + 12),
+        "all-reduce-start.1": ("all-reduce", 32),
         "all-gather-start.1": ("all-gather", 256),
         "all-gather.9": ("all-gather", 128),
         "reduce-scatter.5": ("reduce-scatter", 4 * 128),
@@ -154,32 +164,6 @@ def test_a_collectives_time_is_the_last_comers_and_the_rest_is_waiting():
     first = [[Event("all-reduce.3", 0, 5_000), Event("all-reduce.3", 20_000, 3_000)], [Event("fusion", 0, 1_000)]]
     second = [[Event("all-reduce.3", 21_000, 4_000), Event("all-reduce.3", 2_000, 3_000)]]
     assert scopes.collective_us([first, second], {"all-reduce.3"}) == {"all-reduce.3": (3.0 + 3.0, 1.0 + 0.5)}
-
-
-def test_nccls_kernels_without_a_known_instruction_belong_to_the_layer_before_them():
-    gather, reduce = "ncclDevKernel_AllGather_RING_LL", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
-    compute = [
-        Event("embed", 0, 1),
-        Event("dot.1", 10, 5),
-        Event("fusion.9", 16, 1),
-        Event("dot.2", 40, 5),
-        Event("argmax", 70, 1),
-    ]
-    nccl = [
-        Event("psum.1", 5, 2, reduce), Event("psum.2", 20, 2, reduce), Event(reduce, 25, 2, reduce),
-        Event("call.3", 50, 2, reduce), Event("call.3", 60, 2, gather), Event("all-reduce.8", 65, 1, reduce), Event("call.4", 80, 2, gather),
-    ]  # fmt: skip
-    known, layer_of = {"psum.1", "psum.2", "all-reduce.8"}, {"dot.1": 0, "dot.2": 1, "psum.2": 0, "argmax": None}
-    lines, found = scopes.place_collectives([compute, nccl], known, layer_of)
-    assert lines[0] == compute
-    assert [event.op for event in lines[1]] == [
-        "psum.1", "psum.2", "all-reduce 0 in layer 0", "all-reduce 0 in layer 1", "all-gather 1 in layer 1", "all-reduce.8",
-        "all-gather 0 in layer None",
-    ]  # fmt: skip
-    assert found == {
-        "psum.1": ("all-reduce", None), "all-reduce 0 in layer 0": ("all-reduce", 0), "all-reduce 0 in layer 1": ("all-reduce", 1),
-        "all-gather 1 in layer 1": ("all-gather", 1), "all-reduce.8": ("all-reduce", 1), "all-gather 0 in layer None": ("all-gather", None),
-    }  # fmt: skip
 
 
 def _event(op):
