@@ -214,11 +214,7 @@ class Bench:
             ready = []
             for worker in tqdm(workers, desc=f"{quantize}: compiling"):
                 with self.failing(worker.rows):
-                    try:
-                        answer = worker.ready(compiled)
-                    except Exception:
-                        worker.close()  # or it would go on compiling on GPUs that others are timed on
-                        raise
+                    answer = worker.ready(compiled)
                     told = {"quantize": quantize, "mode": worker.mode, "phase": worker.rows[0]["phase"]}
                     self.result["compile"].append({**told, **answer})
                     if "failed" in answer:

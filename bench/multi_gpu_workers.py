@@ -70,9 +70,14 @@ class Worker:
         """Waits until everything is compiled; how long that took, or {"failed": why}.
 
         Raises:
-          TimeoutError: it was not, in time. RuntimeError: the process has ended.
+          TimeoutError: it was not, in time; the process is ended then, or it would go on compiling on GPUs that others are timed on.
+          RuntimeError: the process has ended.
         """
-        return self._hear(deadline)
+        try:
+            return self._hear(deadline)
+        except TimeoutError:
+            self.close()
+            raise
 
     def measure(self, deadline: float, patience: float = 60) -> Iterator[Row]:
         """Its rows as they come. Raises as `ready`; a row that was begun has so many seconds more."""

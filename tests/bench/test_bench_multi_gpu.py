@@ -118,9 +118,10 @@ def test_processes_compile_side_by_side_and_measure_in_turn(folder, monkeypatch,
 def test_a_process_that_ends_or_is_late_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bench.multi_gpu", "--model", "nowhere"])
     monkeypatch.chdir(ROOT)
-    worker = Worker("EP", "bf16", [], [], 0, tmp_path)
+    late, worker = (Worker("EP", "bf16", [], [], 0, tmp_path) for _ in range(2))
     with pytest.raises(TimeoutError, match="the time limit"):
-        worker.ready(time.monotonic())
+        late.ready(time.monotonic())
+    assert late.process.poll() is not None, "it still runs"
     with pytest.raises(RuntimeError, match="the process ended with status 2"):
         worker.ready(time.monotonic() + 60)
     worker.close()

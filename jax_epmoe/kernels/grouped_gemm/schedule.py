@@ -81,31 +81,12 @@ def make_schedule(
         raise NotImplementedError(f"grouped_gemm's hopper backend: {rows} rows are not fewer than {_MAX_ROWS}")
     if len(largest_heights) == 1:
         column_tiles = 1  # there is nothing to pick, and both products of a layer ask for the same, which XLA may see
-    return _make_schedule(
-        group_sizes,
-        rows=rows,
-        heights=heights,
-        largest_heights=largest_heights,
-        column_tiles=column_tiles,
-        num_ctas=num_ctas,
-        rest_apart=rest_apart,
-    )
+    return _make_schedule(group_sizes, rows, heights, largest_heights, column_tiles, num_ctas, rest_apart)
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
-@functools.partial(
-    jax.jit, static_argnames=("rows", "heights", "largest_heights", "column_tiles", "num_ctas", "rest_apart")
-)
-def _make_schedule(
-    group_sizes: jax.Array,
-    *,
-    rows: int,
-    heights: tuple[int, ...],
-    largest_heights: tuple[int, ...],
-    column_tiles: int,
-    num_ctas: int,
-    rest_apart: bool,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=range(1, 7))
+def _make_schedule(group_sizes, rows, heights, largest_heights, column_tiles, num_ctas, rest_apart):
     experts = group_sizes.shape[0]
     across = -(-experts // _DOWN) * _DOWN
     blocks = -(-max_tiles(rows, experts, largest_heights) // _DOWN)
