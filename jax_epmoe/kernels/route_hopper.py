@@ -55,20 +55,20 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
             left = _without_other_groups(left, number, config)
         for place in range(config.top_k):
             best, first = _best(left, number)
-            values_gmem[place, here] = best
-            ids_gmem[place, here] = (-first).astype(i32)
+            values_gmem[here, place] = best
+            ids_gmem[here, place] = (-first).astype(i32)
             left = jnp.where(number == _spread(first, left), -jnp.inf, left)
 
-    shape = (config.top_k, tokens + padding[0])
+    shape = (tokens + padding[0], config.top_k)
     bias = [] if correction_bias is None else [jnp.pad(correction_bias.astype(f32), (0, padding[1]))]
     values, ids = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct(shape, i32)),
-        grid=(shape[1] // _TOKENS,),
+        grid=(shape[0] // _TOKENS,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
     )(jnp.pad(logits, ((0, padding[0]), (0, padding[1])), constant_values=-jnp.inf if padding[1] else 0), *bias)
-    return values[:, :tokens].T, ids[:, :tokens].T
+    return values[:tokens], ids[:tokens]
 
 
 def _spread(values: jax.Array, like: jax.Array) -> jax.Array:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_epmoe.kernels import plan_hopper
+from jax_epmoe.kernels.device import on_hopper
+
 ROW_ALIGNMENT = 8  # kernels take rows eight at a time
 
 
@@ -33,6 +36,9 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     num_tokens, top_k = ids.shape
     pairs = num_tokens * top_k
     rows = -(-pairs // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    if on_hopper() and plan_hopper.serves(pairs, num_local_experts):
+        group_sizes, row_pair, pair_row = plan_hopper.order(ids.reshape(pairs), first_expert, num_local_experts)
+        return Plan(row_pair, group_sizes, pair_row.reshape(num_tokens, top_k))
     local = ids.reshape(pairs) - first_expert
     is_local = (local >= 0) & (local < num_local_experts)
     key = jnp.where(is_local, local, num_local_experts)

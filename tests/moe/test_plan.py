@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.moe import plan as plan_module
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, make_plan
@@ -87,3 +89,13 @@ def test_many_pairs_are_planned_as_few_are(monkeypatch):
     few = make_plan(ids, 2, 4)
     monkeypatch.setattr(plan_module, "_FEW_PAIRS", 0)
     jax.tree.map(np.testing.assert_array_equal, make_plan(ids, 2, 4), few)
+
+
+def test_a_kernel_plans_few_pairs_on_hopper(monkeypatch):
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 17, (64, 2)), jnp.int32)
+    expected = make_plan(ids, 4, 8)
+    monkeypatch.setattr(plan_module, "on_hopper", lambda: True)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.tree.map(np.asarray, make_plan(ids, 4, 8))
+    reset_gpu_interpret_mode_state()
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
