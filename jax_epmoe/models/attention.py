@@ -75,17 +75,28 @@ def causal_attention(
         what_is_seen["is_causal"] = True
         if sliding_window is not None:
             what_is_seen["local_window_size"] = (sliding_window - 1, 0)
+    if sinks is None and v.shape[-1] != dim and _takes_smaller_values():
+        (out,) = _cudnn(q, k, v, scale=scale, **what_is_seen)
+        return out
     padded_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, dim - v.shape[-1])))  # its dimension must be the keys'
     if sinks is None:
         library: Callable[..., jax.Array] = jax.nn.dot_product_attention
         return library(q, k, padded_v, scale=scale, implementation="cudnn", **what_is_seen)[..., : v.shape[-1]]
-    out, log_sums = _cudnn_with_log_sums(q, k, padded_v, scale=scale, **what_is_seen)
+    out, log_sums = _cudnn(q, k, padded_v, scale=scale, log_sums=True, **what_is_seen)
+    log_sums = jnp.swapaxes(log_sums, 1, 2)
     # Of exp(log_sum) + exp(sink), the keys' part.
     kept = jax.nn.sigmoid(log_sums - sinks.astype(jnp.float32))[..., None]
     return (out[..., : v.shape[-1]] * kept).astype(v.dtype)
 
 
-def _cudnn_with_log_sums(
+def _takes_smaller_values() -> bool:
+    """Whether cuDNN knows values of another dimension than the keys'."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return on_hopper() and cudnn.check_cudnn_version() >= 91000
+
+
+def _cudnn(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -96,10 +107,12 @@ def _cudnn_with_log_sums(
     query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
     local_window_size: tuple[int, int] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`jax.nn.dot_product_attention` by cuDNN, and the logarithm of each query's sum of exponentials, `[B, S, heads]` float32.
+    log_sums: bool = False,
+) -> tuple[jax.Array, ...]:
+    """`jax.nn.dot_product_attention` by cuDNN; with `log_sums` the logarithm of each query's sum of exponentials too, `[B, heads, S]` float32.
 
-    That function would return it too, but rounded to the queries' dtype, so this calls what it is made of.
+    That function would return it as well, but rounded to the queries' dtype, and does not take values of another dimension than the
+    keys', so this calls what it is made of.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # here, so that only this depends on where JAX has it
 
@@ -109,11 +122,11 @@ def _cudnn_with_log_sums(
     elif key_value_seq_lengths is not None:
         mask_type = cudnn.MaskType.PADDING
     window = None if local_window_size is None else local_window_size[0] + 1
-    out, log_sums = cudnn.dot_product_attention(
+    found = cudnn.dot_product_attention(
         q, k, v, None, mask, query_seq_lengths, key_value_seq_lengths,
-        scale=scale, mask_type=mask_type, sliding_window_length=window, return_residual=True,
+        scale=scale, mask_type=mask_type, sliding_window_length=window, return_residual=log_sums,
     )  # fmt: skip
-    return out, jnp.swapaxes(log_sums, 1, 2)
+    return tuple(found) if log_sums else (found,)
 
 
 def queries_at_a_time(batch: int, length: int, heads: int, num_keys: int) -> int:

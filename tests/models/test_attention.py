@@ -88,18 +88,23 @@ def on_a_gpu(monkeypatch):
         calls.append(kwargs)
         return library(*args, implementation="xla", **kwargs)
 
-    def with_log_sums(q, k, v, bias, mask, q_lengths, kv_lengths, *, mask_type, sliding_window_length, **kwargs):
+    def underneath(q, k, v, bias, mask, q_lengths, kv_lengths, *, mask_type, sliding_window_length, **kwargs):
         """What JAX keeps to itself, from its public function in float32."""
         calls.append(kwargs)
-        arrays, window = (a.astype(jnp.float32) for a in (q, k, v)), sliding_window_length
-        out, log_sums = library(
-            *arrays, bias, mask, query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths, implementation="xla",
+        dim, window = v.shape[-1], sliding_window_length
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - dim)))
+        found = library(
+            *(a.astype(jnp.float32) for a in (q, k, v)), bias, mask,
+            query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths, implementation="xla",
             is_causal=mask_type == cudnn.MaskType.CAUSAL, local_window_size=window and (window - 1, 0), **kwargs,
         )  # fmt: skip
-        return out.astype(q.dtype), jnp.swapaxes(log_sums, 1, 2)
+        if not kwargs["return_residual"]:
+            return found[..., :dim].astype(q.dtype)
+        out, log_sums = found
+        return out[..., :dim].astype(q.dtype), jnp.swapaxes(log_sums, 1, 2)
 
     library = jax.nn.dot_product_attention
-    monkeypatch.setattr(cudnn, "dot_product_attention", with_log_sums)
+    monkeypatch.setattr(cudnn, "dot_product_attention", underneath)
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     monkeypatch.setattr(attention_module, "compute_capability", lambda: 80)
     return calls
@@ -121,6 +126,20 @@ def test_the_library_sees_what_the_definition_sees(starts, length, cached, windo
     key_positions = jnp.broadcast_to(jnp.arange(9), (2, 9)) if cached else positions
     want = attend(q, k, v, positions, key_positions, 0.3, window, sinks)
     assert len(on_a_gpu) == 1
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert relative_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize(("version", "padded"), [(90800, True), (91000, False)])
+def test_smaller_values_are_padded_where_cudnn_does_not_know_them(version, padded, on_a_gpu, monkeypatch):
+    monkeypatch.setattr(attention_module, "on_hopper", lambda: True)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: version)
+    q, k, v = (jnp.asarray(random(2, 7, 4, dim, seed=i), jnp.bfloat16) for i, dim in enumerate((24, 24, 16)))
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    got = causal_attention(q, k, v, positions, 0.3, cached=False)
+    want = attend(q, k, v, positions, positions, 0.3)
+    (call,) = on_a_gpu
+    assert ("return_residual" not in call) == padded  # of the public function, which pads, or of what is underneath
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     assert relative_error(got, want) < 1e-2
 
