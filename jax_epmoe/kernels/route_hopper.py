@@ -25,7 +25,7 @@ def serves(logits: jax.Array) -> bool:
 # Under jit of its own, so that a model's layers share one trace and one compilation.
 @functools.partial(jax.jit, static_argnames="config")
 def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
-    """Scores, groups and top k, by the steps that `MoEConfig` lists.
+    """Scores, groups, top k and weights, by the steps that `MoEConfig` lists.
 
     Args:
       logits: `[T, E]` float32, ones that it `serves`; no NaN.
@@ -33,17 +33,16 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
       config: of the layer.
 
     Returns:
-      What the chosen experts were chosen by, `[T, k]` float32 (their scores, where there is no bias), best first, and their ids
-      `[T, k]` int32; of equals the lower id comes first.
+      The chosen experts' weights `[T, k]` float32, best first, and their ids `[T, k]` int32; of equals the lower id comes first.
     """
     tokens, experts = logits.shape
     padding = -tokens % _TOKENS, -experts % _LANES
     f32, i32 = jnp.float32, jnp.int32
 
     def kernel(logits_gmem, *refs):
-        *bias_gmem, values_gmem, ids_gmem = refs
+        *bias_gmem, weights_gmem, ids_gmem = refs
         here = pl.ds(lax.axis_index("block") * _TOKENS, _TOKENS)
-        left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
+        scores = left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
         for ref in bias_gmem:
             bias = plgpu.load(ref, layout=_ROWS.reduce(0), optimized=False)
             left += plgpu.layout_cast(lax.broadcast_in_dim(bias, left.shape, (1,)), _ROWS)
@@ -53,22 +52,29 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
             left = jnp.where(number > -experts, left, -jnp.inf)
         if config.n_group > 1:
             left = _without_other_groups(left, number, config)
+        weights = []
         for place in range(config.top_k):
             best, first = _best(left, number)
-            values_gmem[here, place] = best
+            chosen = number == _spread(first, left)
+            weights.append(jnp.max(jnp.where(chosen, scores, -jnp.inf), axis=1) if bias_gmem else best)
             ids_gmem[here, place] = (-first).astype(i32)
-            left = jnp.where(number == _spread(first, left), -jnp.inf, left)
+            left = jnp.where(chosen, -jnp.inf, left)
+        factor = config.routed_scaling_factor
+        if config.norm_topk_prob:
+            factor = factor / (sum(weights[1:], start=weights[0]) + 1e-20)  # sigmoids may all underflow
+        for place, weight in enumerate(weights):
+            weights_gmem[here, place] = weight * factor
 
     shape = (tokens + padding[0], config.top_k)
     bias = [] if correction_bias is None else [jnp.pad(correction_bias.astype(f32), (0, padding[1]))]
-    values, ids = plgpu.kernel(
+    weights, ids = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct(shape, i32)),
         grid=(shape[0] // _TOKENS,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
     )(jnp.pad(logits, ((0, padding[0]), (0, padding[1])), constant_values=-jnp.inf if padding[1] else 0), *bias)
-    return values[:tokens], ids[:tokens]
+    return weights[:tokens], ids[:tokens]
 
 
 def _spread(values: jax.Array, like: jax.Array) -> jax.Array:

@@ -32,10 +32,7 @@ def route(
     logits = _logits(x, router_weight)
     if router_bias is not None:
         logits += router_bias.astype(jnp.float32)
-    weights, ids = _choose(logits, correction_bias, config)
-    if config.norm_topk_prob:
-        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
-    return weights * config.routed_scaling_factor, ids.astype(jnp.int32)
+    return _choose(logits, correction_bias, config)
 
 
 # From so many tokens on, throughput counts rather than the number of kernels.
@@ -63,17 +60,16 @@ def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
-    """The scores of the chosen experts `[T, k]`, and their ids; the scores alone have a gradient."""
+    """The weights of the chosen experts `[T, k]`, and their ids; the weights alone have a gradient."""
     if on_hopper() and route_hopper.serves(logits):
-        values, ids = route_hopper.choose(logits, correction_bias, config)
-        return values if correction_bias is None else _scores_of(logits, ids, config), ids
+        return route_hopper.choose(logits, correction_bias, config)
     choice = _scores(logits, config)  # [T, E]
     if correction_bias is not None:
         choice += correction_bias.astype(jnp.float32)
     if config.n_group > 1:
         choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
-    ids = jax.lax.top_k(choice, config.top_k)[1]
-    return _scores_of(logits, ids, config), ids
+    ids = jax.lax.top_k(choice, config.top_k)[1].astype(jnp.int32)
+    return _weights_of(logits, ids, config), ids
 
 
 def _choose_forward(logits, correction_bias, config):
@@ -83,7 +79,7 @@ def _choose_forward(logits, correction_bias, config):
 
 def _choose_backward(config, saved, d_outputs):
     logits, correction_bias, ids = saved
-    (d_logits,) = jax.vjp(lambda logits: _scores_of(logits, ids, config), logits)[1](d_outputs[0])
+    (d_logits,) = jax.vjp(lambda logits: _weights_of(logits, ids, config), logits)[1](d_outputs[0])
     return d_logits, jax.tree.map(jnp.zeros_like, correction_bias)
 
 
@@ -94,11 +90,15 @@ def _scores(logits: jax.Array, config: MoEConfig) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
 
 
-def _scores_of(logits: jax.Array, ids: jax.Array, config: MoEConfig) -> jax.Array:
-    """Scores `[T, k]` of some experts."""
+def _weights_of(logits: jax.Array, ids: jax.Array, config: MoEConfig) -> jax.Array:
+    """Weights `[T, k]` of some experts: their scores, normalised and scaled as the config asks."""
     if config.scoring == "sigmoid":  # of each logit alone
-        return _scores(jnp.take_along_axis(logits, ids, axis=-1), config)
-    return jnp.take_along_axis(_scores(logits, config), ids, axis=-1)
+        weights = _scores(jnp.take_along_axis(logits, ids, axis=-1), config)
+    else:
+        weights = jnp.take_along_axis(_scores(logits, config), ids, axis=-1)
+    if config.norm_topk_prob:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20  # sigmoids may all underflow
+    return weights * config.routed_scaling_factor
 
 
 def _in_best_groups(choice: jax.Array, config: MoEConfig) -> jax.Array:

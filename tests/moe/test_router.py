@@ -209,7 +209,8 @@ def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
     def recorded(logits, bias, config):
         calls.append(config.num_experts)
         choice = router._scores(logits, config) + (0 if bias is None else bias)
-        return jax.lax.top_k(choice, config.top_k)
+        ids = jax.lax.top_k(choice, config.top_k)[1]
+        return router._weights_of(logits, ids, config), ids
 
     monkeypatch.setattr(router, "on_hopper", lambda: True)
     monkeypatch.setattr(router.route_hopper, "choose", recorded)
