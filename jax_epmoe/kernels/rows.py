@@ -40,7 +40,7 @@ def combine(
       y: `[R, H]`; rows that no pair names may hold anything, NaN too.
       pair_row: `[T, k]` int32; a pair whose row is R adds nothing.
       weights: `[T, k]` float32.
-      base: `[T, H]` float32, what the sum begins with; None: zeros.
+      base: `[T, H]`, what the sum begins with; None: zeros.
       out_dtype: what the sum is rounded to, once, at the end.
 
     Returns:
@@ -50,7 +50,7 @@ def combine(
 
 
 def _reference(out_dtype, y, pair_row, weights, base):
-    total = jnp.zeros((pair_row.shape[0], y.shape[1]), jnp.float32) if base is None else base
+    total = jnp.zeros((pair_row.shape[0], y.shape[1]), jnp.float32) if base is None else base.astype(jnp.float32)
     for rows, weight in zip(pair_row.T, weights.T, strict=True):  # one fused loop; never [T, k, H]
         total += weight[:, None] * y.at[rows].get(mode="fill", fill_value=0)
     return total.astype(out_dtype)

@@ -120,7 +120,9 @@ def combine(
                 lax.cond(row < rows, lambda row=row: _load(y_gmem.at[row, columns], layout), lambda: zeros(y.dtype))
                 for row, _ in pairs
             ]
-            total = zeros(jnp.float32) if base_gmem is None else _load(base_gmem.at[token, columns], layout)
+            total = zeros(jnp.float32)
+            if base_gmem is not None:
+                total = _load(base_gmem.at[token, columns], layout).astype(jnp.float32)
             following = read_next()
             for (row, weight), value in zip(pairs, values, strict=True):
                 add = functools.partial(_add_scaled, total, weight, value)

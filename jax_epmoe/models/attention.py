@@ -269,8 +269,7 @@ class Attention(nnx.Module):
     def _output(self, heads: jax.Array) -> jax.Array:
         """`heads [B, S, local heads, Dv]` through this device's columns of `o [H, local heads, Dv]`, summed."""
         o = self.o if isinstance(self.o, DenseWeights) else self.o[...].reshape(self.o.shape[0], -1)
-        merged = linear(heads.reshape(*heads.shape[:2], -1), o)
-        merged = merged.astype(heads.dtype)
+        merged = linear(heads.reshape(*heads.shape[:2], -1), o, out_dtype=heads.dtype)
         return jax.lax.psum(merged, self.head_axes) if self.head_axes else merged
 
 
@@ -436,7 +435,7 @@ class MLA(Attention):
 
     def _on_device(self, x, rope, positions, cache, *, is_start):
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        q = self._queries(x)  # [B, S, local heads, nope + rope] float32
+        q = self._queries(x)  # [B, S, local heads, nope + rope]
         q_rope = rotate(q[..., nope:], rope, self.interleaved)
         q_nope = q[..., :nope]
         kv = linear(x, self.kv_a)  # [B, S, kv_lora + rope] float32
@@ -454,13 +453,13 @@ class MLA(Attention):
 
     def _queries(self, x: jax.Array) -> jax.Array:
         if self.config.q_lora_rank is None:
-            return linear(x, self.q)
-        return linear(self.q_a_norm(linear(x, self.q_a)).astype(x.dtype), self.q_b)
+            return linear(x, self.q, out_dtype=x.dtype)
+        return linear(self.q_a_norm(linear(x, self.q_a)).astype(x.dtype), self.q_b, out_dtype=x.dtype)
 
     def _expanded(self, q_nope, q_rope, latent, positions, cached):
         """Keys and values of every head, from the latent `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        kv = linear(latent[..., :rank], self.kv_b).astype(latent.dtype)  # [B, L, local heads, nope + v]
+        kv = linear(latent[..., :rank], self.kv_b, out_dtype=latent.dtype)  # [B, L, local heads, nope + v]
         k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
         k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1).astype(latent.dtype)

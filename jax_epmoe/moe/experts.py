@@ -65,7 +65,7 @@ def run_experts(
       w_down: `[E, H, I]`, quantised if `w_gate_up` is.
       weights: `[T, k]` float32.
       plan: of the device's rows.
-      base: `[T, H]` float32; None: zeros.
+      base: `[T, H]`; None: zeros.
       activation: as `grouped_gemm`'s.
       backend: of `grouped_gemm`.
       chunk_rows: how many rows are processed at a time, a multiple of 8.
@@ -98,7 +98,7 @@ def run_experts(
 
     if _is_one_chunk(plan, chunk_rows):
         return run_chunk(_whole(plan), base, tokens.dtype)
-    start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base
+    start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base.astype(jnp.float32)
     out = _over_chunks(plan, chunk_rows, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
     return out.astype(tokens.dtype)
 
@@ -153,11 +153,12 @@ def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend
     out = run_experts(
         tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows, biases
     )
-    return out, (tokens, w_gate_up, w_down, weights, plan, base is not None, biases)
+    like_base = None if base is None else jnp.zeros((), base.dtype)
+    return out, (tokens, w_gate_up, w_down, weights, plan, like_base, biases)
 
 
 def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
-    tokens, w_gate_up, w_down, weights, plan, has_base, biases = saved
+    tokens, w_gate_up, w_down, weights, plan, like_base, biases = saved
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
 
     def add_chunk(chunk: _Chunk, sums):
@@ -196,7 +197,8 @@ def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
     else:
         sums = _over_chunks(plan, chunk_rows, add_chunk, sums)
     *gradients, d_biases = jax.tree.map(lambda total, value: total.astype(value.dtype), sums, inputs)
-    return *gradients, None, d_out.astype(jnp.float32) if has_base else None, d_biases
+    d_base = None if like_base is None else d_out.astype(like_base.dtype)
+    return *gradients, None, d_base, d_biases
 
 
 run_experts.defvjp(_forward, _backward)

@@ -52,16 +52,28 @@ class GatedMLP(nnx.Module):
         self.output_gate = parameter((1, hidden_size), (None, None), **new) if output_gate else None
 
     def partial_sum(self, x: jax.Array) -> jax.Array:
-        """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]` float32, to be summed over `axes`."""
-        hidden = linear(x, self.w_gate_up, self.activation).astype(x.dtype)  # [T, I / devices]
-        out = linear(hidden, self.w_down)
+        """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]`, to be summed over `axes`.
+
+        In float32; where weights are quantised, in x's dtype.
+        """
+        hidden = linear(x, self.w_gate_up, self.activation, x.dtype)  # [T, I / devices]
+        out = linear(hidden, self.w_down, out_dtype=x.dtype if isinstance(self.w_down, DenseWeights) else jnp.float32)
         if self.output_gate is None:
             return out
         return out * jax.nn.sigmoid(linear(x, self.output_gate))
 
 
-def linear(x: jax.Array, w: jax.Array | nnx.Param | DenseWeights, activation: Activation | None = None) -> jax.Array:
-    """`x [..., k]` times `w [*out, k]` -> `[..., *out]` in float32; float32 operands are multiplied as float32, not tf32.
+# With fewer rows XLA may split a sum, and would round its parts to the output's dtype.
+_MANY_ROWS = 512
+
+
+def linear(
+    x: jax.Array,
+    w: jax.Array | nnx.Param | DenseWeights,
+    activation: Activation | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """`x [..., k]` times `w [*out, k]` -> `[..., *out]`, summed in float32; float32 operands are multiplied as float32, not tf32.
 
     With an activation, `w [2, n, k]`, gate first -> `[..., n]`. Where w is quantised, x is too, both are multiplied so, and the
     sum is rounded to x's dtype; but a part of w that cuts a block is dequantised to that dtype, and x stays as it is.
@@ -69,15 +81,19 @@ def linear(x: jax.Array, w: jax.Array | nnx.Param | DenseWeights, activation: Ac
     weights = w.quantized() if isinstance(w, DenseWeights) else None
     if isinstance(w, DenseWeights) and weights is not None:
         product = _quantized_product(x.reshape(-1, x.shape[-1]), weights, activation, w.backend)
-        return product.reshape(*x.shape[:-1], *w.columns)
-    return _product(x, w[...], activation)
+        return product.reshape(*x.shape[:-1], *w.columns).astype(out_dtype)
+    return _product(x, w[...], activation, out_dtype)
 
 
-def _product(x: jax.Array, w: jax.Array, activation: Activation | None) -> jax.Array:
+def _product(
+    x: jax.Array, w: jax.Array, activation: Activation | None, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
-    out = jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
-    return out if activation is None else gate(activation, out)
+    # A conversion behind the product keeps XLA from its fastest kernels, or is a kernel more.
+    sum_dtype = out_dtype if activation is None and x.size // x.shape[-1] >= _MANY_ROWS else jnp.float32
+    out = jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=sum_dtype)
+    return (out if activation is None else gate(activation, out)).astype(out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -99,8 +115,8 @@ def _quantized_product(
                     out_dtype=x.dtype,  # float32 makes Hopper's tiles lower: 12 to 37% slower at 8192 rows
                     backend=kernel,
                 )
-                return out.astype(jnp.float32)
-    return _product(dequantize(x_quantized, x.dtype), dequantize(w, x.dtype), activation)
+                return out
+    return _product(dequantize(x_quantized, x.dtype), dequantize(w, x.dtype), activation, x.dtype)
 
 
 _quantized_product.defvjp(refuse_gradient, refuse_gradient)
