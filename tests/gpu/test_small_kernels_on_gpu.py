@@ -49,7 +49,8 @@ def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local,
     for got in (dealt, gathered):
         np.testing.assert_array_equal(got[: len(wanted)], expected[: len(wanted)])
     y = dealt.at[len(wanted) :].set(jnp.nan)
-    for start, dtype in ((None, jnp.bfloat16), (base, jnp.bfloat16), (base, jnp.float32)):
+    half = base.astype(jnp.bfloat16)
+    for start, dtype in ((None, jnp.bfloat16), (base, jnp.bfloat16), (base, jnp.float32), (half, jnp.bfloat16)):
         got = rows.combine(y, plan.pair_row, weights, start, dtype)
         expected = rows._reference(jnp.float32, y, plan.pair_row, weights, start)
         np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=5e-3, atol=1e-2)
