@@ -225,9 +225,10 @@ class Profile:
         calls = _PROFILED * (devices if len(recorded) == 1 else 1)  # without GPUs all devices are one
         self.devices = devices
         self.what = scopes.collectives(hlo, devices)
-        # Kernels that do not tell which instruction's they are count as no layer's.
-        unknown = {event.op for lines in recorded for line in lines for event in line if event.op.startswith("nccl")}
-        self.what |= {op: scopes.Collective("unknown", 0) for op in unknown}
+        recorded = [scopes.name_collectives(lines, list(self.what), _PROFILED) for lines in recorded]
+        # Kernels that could not be named count as no layer's.
+        of_nccl = {event.op for lines in recorded for line in lines for event in line if event.is_nccl}
+        self.what |= {op: scopes.Collective("unknown", 0) for op in of_nccl - self.what.keys()}
         names = [f"layer_{i}" for i in range(num_layers)]
         layer_of, part_of = scopes.scopes(hlo, names), scopes.scopes(hlo, (*PARTS, "head"))
         self.layer_of = {op: names.index(name) for op, name in layer_of.items()}

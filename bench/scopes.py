@@ -1,8 +1,8 @@
 """How a program's time on the device divides over its named scopes (`jax.named_scope`), read from a profile.
 
 XLA names the instruction that each of a profile's events ran (`hlo_op`), and the compiled program's text says in which scope
-each instruction was written. Where the text has another name for it (some collectives), it tells the profile's too (`scheduling_name`). A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
-compiled `ONE_BY_ONE`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
+each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
+compiled `ONE_BY_ONE`. NCCL's kernels tell names that the text may not have: see `name_collectives`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
 it once XLA's has run.
 
 With several devices, times are each device's own. A collective's kernel also waits for the last device to come: see `collective_us`.
@@ -24,10 +24,9 @@ from bench.layer_tables import OTHER
 from bench.roofline import failure
 from bench.timing import stream_us
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_PROFILED_AS = re.compile(r'scheduling_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (async|{'|'.join(_KINDS)})(-start)?\(")
@@ -35,11 +34,12 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Event(NamedTuple):
-    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to."""
+    """Something that ran, on one line of a profile; `op` is the instruction that it belongs to, or a kernel of NCCL's that tells none."""
 
     op: str
     start_ns: float
     duration_ns: float
+    is_nccl: bool = False
 
 
 # The lines of one device: a GPU's streams.
@@ -143,13 +143,12 @@ def events(line: Any) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _told(line: Any) -> list[Event]:
-    told = [(event, stats.get("hlo_op") or _library_op(event.name)) for event, stats in events(line)]
-    return [Event(str(op), event.start_ns, event.duration_ns) for event, op in told if op]
-
-
-def _library_op(kernel: str) -> str | None:
-    """NCCL's kernels are somebody's, told or not."""
-    return kernel if kernel.startswith("nccl") else None
+    told = []
+    for event, stats in events(line):
+        is_nccl = event.name.startswith("nccl")
+        if op := stats.get("hlo_op") or (event.name if is_nccl else None):
+            told.append(Event(str(op), event.start_ns, event.duration_ns, is_nccl))
+    return told
 
 
 def divide(lines: Iterable[Sequence[Event]]) -> dict[str, float]:
@@ -178,9 +177,9 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
     inside: dict[str, list[str]] = collections.defaultdict(list)
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
-            computation = header[1]
+            computation = header[2]
         elif instruction := _INSTRUCTION.match(line):
-            name, op_name, callee = _name(instruction[1], line), _OP_NAME.search(line), _CALLED.search(line)
+            name, op_name, callee = instruction[1], _OP_NAME.search(line), _CALLED.search(line)
             inside[computation].append(name)
             found = [part for part in op_name[1].split("/") if part in names] if op_name else []
             if found:
@@ -195,21 +194,22 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def collectives(hlo: str, devices: int) -> dict[str, Collective]:
-    """The collectives among a compiled program's instructions, those that start one included; all are over `devices`."""
-    computation, found = "", {}
+    """The collectives that a compiled program runs or starts, in its order; all are over `devices`, and none in a loop."""
+    is_entry, computation, found = False, "", {}
     inside: dict[str, str] = {}  # of a computation that is started by itself
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
-            computation = header[1]
+            is_entry, computation = bool(header[1]), header[2]
         if not (match := _COLLECTIVE.match(line)):
             continue
         name, arrays, opcode, starts = match.groups()
-        name = _name(name, line)
         callee = _CALLED.search(line)
         kind = opcode if opcode != "async" else inside.get(callee[1] if callee else "")
         if kind is None:
             continue
-        inside[computation] = kind
+        if not is_entry:
+            inside[computation] = kind
+            continue
         # Of a start: what goes in, then what comes out. An all-reduce's own may have but what comes out.
         both = bool(starts) and (opcode != "all-reduce" or arrays.startswith("(("))
         size = sum(_bytes(*array) for array in _ARRAY.findall(arrays) if array[2] or not starts)
@@ -223,10 +223,19 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     return found
 
 
-def _name(name: str, line: str) -> str:
-    """Of the instruction that a line tells, as profiles have it."""
-    profiled = _PROFILED_AS.search(line)
-    return profiled[1] if profiled else name
+def name_collectives(lines: Lines, names: Sequence[str], calls: int) -> Lines:
+    """One device's lines, NCCL's kernels under the names of the instructions that started them: `names`, in the program's order.
+
+    What a profile tells of these kernels has not always been the text's name. But every call starts a program's collectives one
+    after another. Lines without NCCL's kernels, or with more or fewer than that makes, stay as they are.
+    """
+    kernels = sorted((event for line in lines for event in line if event.is_nccl), key=lambda event: event.start_ns)
+    if len(kernels) != calls * len(names):
+        if kernels:
+            tqdm.write(f"  {len(kernels)} kernels of NCCL's in {calls} calls of {len(names)} collectives")
+        return lines
+    name_of = {event: names[i % len(names)] for i, event in enumerate(kernels)}
+    return [[event._replace(op=name_of.get(event, event.op)) for event in line] for line in lines]
 
 
 def _bytes(dtype: str, bits: str, shape: str) -> int:
