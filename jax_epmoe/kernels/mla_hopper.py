@@ -4,7 +4,7 @@
     out[h]       = softmax(scores[h]) @ latent[:, :rank]
 
 What counts is reading the latents once. Positions ride wgmma's m and heads its n, so that few heads leave no product idle, and
-a tile of latents serves both products from shared memory. A sequence's positions are dealt over several CTAs where there
+a tile of latents serves both products from shared memory; many heads have a kernel of their own. A sequence's positions are dealt over several CTAs where there
 are fewer sequences than streaming multiprocessors; their parts are merged by the largest score that each saw.
 """
 
@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.kernels import mla_hopper_many_heads
 from jax_epmoe.kernels.device import num_sms
 
 _POSITIONS = 64  # of a tile
@@ -53,15 +54,23 @@ def decode(q: jax.Array, latent: jax.Array, lengths: jax.Array, *, rank: int, sc
     Returns:
       `[B, heads, rank]` in q's dtype.
     """
-    own_heads = q.shape[1]
+    batch, own_heads, _ = q.shape
+    if mla_hopper_many_heads.serves(own_heads, rank):
+        splits = num_splits(batch * (own_heads // mla_hopper_many_heads.HEADS), latent.shape[1], num_sms())
+        parts = mla_hopper_many_heads.run(q, latent, lengths, rank=rank, scale=scale, splits=splits)
+        return parts[0] if splits == 1 else _merged(*parts).astype(q.dtype)
     q = jnp.pad(q, ((0, 0), (0, -own_heads % 8), (0, 0)))
-    batch, heads, _ = q.shape
+    heads = q.shape[1]
     group = next(size for size in range(min(heads, _MAX_HEADS), 0, -8) if heads % size == 0)
     splits = num_splits(batch * (heads // group), latent.shape[1], num_sms())
     out, largest, total = _run(q, latent, lengths, rank=rank, scale=scale, group=group, splits=splits)
-    weight = jnp.exp2(largest - jnp.max(largest, axis=0))  # [splits, B, heads]
-    merged = jnp.sum(weight[:, :, None] * out, axis=0) / jnp.sum(weight * total, axis=0)[:, None]
-    return merged[..., :own_heads].astype(q.dtype).mT
+    return _merged(out.mT, largest, total)[:, :own_heads].astype(q.dtype)
+
+
+def _merged(out: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
+    """`[B, heads, rank]`, of each split's sum `[splits, B, heads, rank]`, largest score and sum of `exp2`, `[splits, B, heads]`."""
+    weight = jnp.exp2(largest - jnp.max(largest, axis=0))
+    return jnp.sum(weight[..., None] * out, axis=0) / jnp.sum(weight * total, axis=0)[..., None]
 
 
 def num_splits(parts: int, length: int, num_ctas: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels import mla_hopper
+from jax_epmoe.kernels import mla_hopper, mla_hopper_many_heads
 
 
 def expected(q, latent, lengths, rank, scale):
@@ -21,9 +21,15 @@ def expected(q, latent, lengths, rank, scale):
     return out
 
 
+def add_product(total, a, b):
+    """As the interpreter knows it: neither sums nor factors of `wgmma` in registers."""
+    return total + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     reset_gpu_interpret_mode_state()
+    monkeypatch.setattr(mla_hopper_many_heads, "add_product", add_product)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield lambda num_ctas: monkeypatch.setattr(mla_hopper, "num_sms", lambda: num_ctas)
     reset_gpu_interpret_mode_state()
@@ -36,6 +42,8 @@ def interpreted(monkeypatch):
         (8, 128, 64, 300, 12, "float16"),  # several, some of which have no tile
         (48, 128, 128, 64, 9, "bfloat16"),  # three groups of heads
         (3, 128, 64, 64, 3, "bfloat16"),  # heads that 8 does not divide
+        (128, 192, 128, 200, 6, "bfloat16"),  # many heads: two groups
+        (64, 192, 128, 300, 12, "float16"),  # in several splits
     ],
 )
 def test_it_is_a_softmax_over_each_sequences_own_positions(heads, size, rank, length, num_ctas, dtype, interpreted):
@@ -59,7 +67,9 @@ def test_large_scores_do_not_overflow(interpreted):
     np.testing.assert_array_equal(out, np.full((1, 8, 64), 100))
 
 
-@pytest.mark.parametrize(("batch", "heads", "length"), [(64, 16, 1024), (64, 128, 1024), (7, 8, 776), (1, 16, 8)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"), [(64, 16, 1024), (64, 128, 1024), (2, 64, 1024), (7, 8, 776), (1, 16, 8)]
+)
 def test_real_sizes_lower_for_cuda(batch, heads, length):
     q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((batch, heads, 576), (batch, length, 576)))
     assert mla_hopper.serves(q, latent, 512)
