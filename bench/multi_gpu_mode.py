@@ -225,7 +225,7 @@ class Profile:
         calls = _PROFILED * (devices if len(recorded) == 1 else 1)  # without GPUs all devices are one
         self.devices = devices
         self.what = scopes.collectives(hlo, devices)
-        recorded = [scopes.name_collectives(lines, list(self.what), _PROFILED) for lines in recorded]
+        recorded = [scopes.name_collectives(lines, hlo, list(self.what), _PROFILED) for lines in recorded]
         # Kernels that could not be named count as no layer's.
         of_nccl = {event.op for lines in recorded for line in lines for event in line if event.is_nccl}
         self.what |= {op: scopes.Collective("unknown", 0) for op in of_nccl - self.what.keys()}

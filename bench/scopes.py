@@ -2,7 +2,7 @@
 
 XLA names the instruction that each of a profile's events ran (`hlo_op`), and the compiled program's text says in which scope
 each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
-compiled `ONE_BY_ONE`. NCCL's kernels tell names that the text may not have: see `name_collectives`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
+compiled `ONE_BY_ONE`. Some collectives have names that the text does not have: see `name_collectives`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
 it once XLA's has run.
 
 With several devices, times are each device's own. A collective's kernel also waits for the last device to come: see `collective_us`.
@@ -223,19 +223,24 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     return found
 
 
-def name_collectives(lines: Lines, names: Sequence[str], calls: int) -> Lines:
-    """One device's lines, NCCL's kernels under the names of the instructions that started them: `names`, in the program's order.
+def name_collectives(lines: Lines, hlo: str, names: Sequence[str], calls: int) -> Lines:
+    """One device's lines with collectives under the names of a program's instructions: `names`, in its order.
 
-    What a profile tells of these kernels has not always been the text's name. But every call starts a program's collectives one
-    after another. Lines without NCCL's kernels, or with more or fewer than that makes, stay as they are.
+    A collective that XLA split into a start and an end has, in a profile, the name from before, which the text has no longer. But
+    every call begins its collectives one after another: they are NCCL's kernels, or those (XLA has some of its own) that have
+    a collective's name or one that the text does not have. If neither are as many as the calls have, lines stay as they are.
     """
-    kernels = sorted((event for line in lines for event in line if event.is_nccl), key=lambda event: event.start_ns)
-    if len(kernels) != calls * len(names):
-        if kernels:
-            tqdm.write(f"  {len(kernels)} kernels of NCCL's in {calls} calls of {len(names)} collectives")
-        return lines
-    name_of = {event: names[i % len(names)] for i, event in enumerate(kernels)}
-    return [[event._replace(op=name_of.get(event, event.op)) for event in line] for line in lines]
+    instructions = {match[1] for line in hlo.splitlines() if (match := _INSTRUCTION.match(line))}
+    events = sorted((event for line in lines for event in line), key=lambda event: event.start_ns)
+    of_nccl = [event for event in events if event.is_nccl]
+    unnamed = [event for event in events if event.op in names or event.op not in instructions]
+    for kernels in (of_nccl, unnamed):
+        if names and len(kernels) == calls * len(names):
+            name_of = {event: names[i % len(names)] for i, event in enumerate(kernels)}
+            return [[event._replace(op=name_of.get(event, event.op)) for event in line] for line in lines]
+    if of_nccl:
+        tqdm.write(f"  {len(of_nccl)} kernels of NCCL's in {calls} calls of {len(names)} collectives")
+    return lines
 
 
 def _bytes(dtype: str, bits: str, shape: str) -> int:

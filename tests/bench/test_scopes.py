@@ -157,6 +157,35 @@ def test_collectives_are_found_with_the_bytes_of_the_whole_array():
     assert found["all-gather.9"].sent(4) == 128 * 3 / 4
 
 
+def test_collectives_are_named_by_their_order_in_the_program(capsys):
+    """As seen: what was split has its name from before, the others have their own; small ones have kernels of XLA's."""
+    hlo = """\
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %all-reduce-start = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%x), channel_id=1, to_apply=%add
+  %all-reduce-done = f32[8]{0} all-reduce-done(%all-reduce-start)
+  %fusion.1 = f32[8]{0} fusion(%all-reduce-done), kind=kLoop, calls=%fused_computation
+  ROOT %psum.2 = f32[8]{0} all-reduce(%fusion.1), channel_id=2, to_apply=%add
+}
+"""
+    names = list(scopes.collectives(hlo, 2))
+    assert names == ["all-reduce-start", "psum.2"]
+
+    def two_calls(is_nccl):
+        return [
+            [Event("psum.1", 0, 2, is_nccl), Event("psum.1", 20, 2, is_nccl)],
+            [Event("fusion.1", 2, 5), Event("psum.2", 8, 2, is_nccl), Event("psum.2", 28, 2, is_nccl)],
+        ]
+
+    for is_nccl in (True, False):
+        named = scopes.name_collectives(two_calls(is_nccl), hlo, names, 2)
+        assert [[event.op for event in line] for line in named] == [
+            ["all-reduce-start"] * 2,
+            ["fusion.1", "psum.2", "psum.2"],
+        ]
+    assert scopes.name_collectives(two_calls(True), hlo, names, 3) == two_calls(True)
+    assert "4 kernels of NCCL's in 3 calls of 2 collectives" in capsys.readouterr().out
+
+
 def test_a_collectives_time_is_the_last_comers_and_the_rest_is_waiting():
     first = [[Event("all-reduce.3", 0, 5_000), Event("all-reduce.3", 20_000, 3_000)], [Event("fusion", 0, 1_000)]]
     second = [[Event("all-reduce.3", 21_000, 4_000), Event("all-reduce.3", 2_000, 3_000)]]
