@@ -29,7 +29,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (async|{'|'.join(_KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (async|fusion|{'|'.join(_KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -196,7 +196,7 @@ def scopes(hlo: str, names: Sequence[str]) -> dict[str, str]:
 def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     """The collectives that a compiled program runs or starts, in its order; all are over `devices`, and none in a loop."""
     is_entry, computation, found = False, "", {}
-    inside: dict[str, str] = {}  # of a computation that is started by itself
+    inside: dict[str, str] = {}  # of a computation that is started by itself, or is a kernel of XLA's own
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             is_entry, computation = bool(header[1]), header[2]
@@ -204,7 +204,7 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
             continue
         name, arrays, opcode, starts = match.groups()
         callee = _CALLED.search(line)
-        kind = opcode if opcode != "async" else inside.get(callee[1] if callee else "")
+        kind = opcode if opcode in _KINDS else inside.get(callee[1] if callee else "")
         if kind is None:
             continue
         if not is_entry:

@@ -127,6 +127,10 @@ COLLECTIVES = """\
   ROOT %fusion.1 = f32[8]{0} fusion(%param.1), kind=kLoop, calls=%fused_computation
 }
 
+%all_reduce_computation (param.2: bf16[4,16]) -> bf16[4,16] {
+  ROOT %all-reduce.8 = bf16[4,16]{1,0} all-reduce(%param.2), channel_id=6, to_apply=%add
+}
+
 ENTRY %main (x: bf16[8,16]) -> f8e4m3fn[8,16] {
   %psum.3 = bf16[8,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
   %all-reduce-start = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce-start(%a, %b), channel_id=2, to_apply=%add
@@ -136,6 +140,8 @@ ENTRY %main (x: bf16[8,16]) -> f8e4m3fn[8,16] {
   ROOT %all-gather.9 = f8e4m3fn[8,16]{1,0} all-gather(%y), channel_id=3, dimensions={0}
   %reduce-scatter.5 = f32[2,16]{1,0} reduce-scatter(%z), channel_id=4, dimensions={0}, to_apply=%add
   %reduce-scatter-start = ((bf16[8,16]{1,0}), bf16[2,16]{1,0}, u32[]) async-start(%z), calls=%async_computation
+  %fusion.3 = bf16[4,16]{1,0} fusion(%z), kind=kCustom, calls=%all_reduce_computation
+  %fusion.4 = bf16[4,16]{1,0} fusion(%z), kind=kLoop, calls=%fused_computation
   %gather.7 = bf16[8,16]{1,0} gather(%x, %i)
   %fusion-start = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%z), calls=%async_computation.1
 }
@@ -152,6 +158,7 @@ def test_collectives_are_found_with_the_bytes_of_the_whole_array():
         "all-gather.9": ("all-gather", 128),
         "reduce-scatter.5": ("reduce-scatter", 4 * 128),
         "reduce-scatter-start": ("reduce-scatter", 256),
+        "fusion.3": ("all-reduce", 128),
     }
     assert found["psum.3"].sent(4) == 2 * 256 * 3 / 4
     assert found["all-gather.9"].sent(4) == 128 * 3 / 4
