@@ -213,6 +213,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for (phase, tokens), (above, below) in zip(cases, panels[2 * at : 2 * at + 2].T, strict=True):
             shown = [row for row in rows if (row["quantize"], row["phase"], row["tokens"]) == (quantize, phase, tokens)]
             names = [row["mode"] for row in shown]
+            if not shown:
+                above.set_axis_off()
+                below.set_axis_off()
+                continue
             above.bar(
                 names, [rate(row) for row in shown], color=["0.6" if name == ONE else "tab:blue" for name in names]
             )

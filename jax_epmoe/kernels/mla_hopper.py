@@ -22,6 +22,7 @@ from jax_epmoe.kernels.device import num_sms
 
 _POSITIONS = 64  # of a tile
 _STAGES = 2
+_MOST_SPLITS = 4  # of many heads' kernel, whose parts are four times as large
 _MAX_HEADS = 16  # of a CTA: as many sums, twice, as a warpgroup's registers hold
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
@@ -57,8 +58,9 @@ def decode(q: jax.Array, latent: jax.Array, lengths: jax.Array, *, rank: int, sc
     batch, own_heads, _ = q.shape
     if mla_hopper_many_heads.serves(own_heads, rank):
         splits = num_splits(batch * (own_heads // mla_hopper_many_heads.HEADS), latent.shape[1], num_sms())
-        parts = mla_hopper_many_heads.run(q, latent, lengths, rank=rank, scale=scale, splits=splits)
-        return parts[0] if splits == 1 else _merged(*parts).astype(q.dtype)
+        if splits <= _MOST_SPLITS:
+            parts = mla_hopper_many_heads.run(q, latent, lengths, rank=rank, scale=scale, splits=splits)
+            return parts[0] if splits == 1 else _merged(*parts).astype(q.dtype)
     q = jnp.pad(q, ((0, 0), (0, -own_heads % 8), (0, 0)))
     heads = q.shape[1]
     group = next(size for size in range(min(heads, _MAX_HEADS), 0, -8) if heads % size == 0)
