@@ -59,7 +59,7 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
             weights.append(jnp.max(jnp.where(chosen, scores, -jnp.inf), axis=1) if bias_gmem else best)
             ids_gmem[here, place] = (-first).astype(i32)
             left = jnp.where(chosen, -jnp.inf, left)
-        factor = config.routed_scaling_factor
+        factor: jax.Array | float = config.routed_scaling_factor
         if config.norm_topk_prob:
             factor = factor / (sum(weights[1:], start=weights[0]) + 1e-20)  # sigmoids may all underflow
         for place, weight in enumerate(weights):

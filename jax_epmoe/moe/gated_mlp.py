@@ -85,9 +85,7 @@ def linear(
     return _product(x, w[...], activation, out_dtype)
 
 
-def _product(
-    x: jax.Array, w: jax.Array, activation: Activation | None, out_dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, activation: Activation | None, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
     # A conversion behind the product keeps XLA from its fastest kernels, or is a kernel more.

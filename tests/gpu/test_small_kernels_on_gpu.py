@@ -82,7 +82,9 @@ def test_many_tokens_are_routed_as_in_float32():
     np.testing.assert_allclose(weights[same], expected_weights[same], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("batch", "heads", "length"), [(64, 16, 1024), (1, 16, 4096), (7, 128, 776), (200, 8, 64), (64, 128, 1024)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"), [(64, 16, 1024), (1, 16, 4096), (7, 128, 776), (200, 8, 64), (64, 128, 1024)]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_latent_attention_of_a_token(batch, heads, length, dtype):
     q, latent = normal(0, batch, heads, 576, dtype=dtype), normal(1, batch, length, 576, dtype=dtype)

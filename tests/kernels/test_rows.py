@@ -105,6 +105,10 @@ def test_the_sum_begins_with_the_base_and_is_rounded_once():
         jnp.ones_like(out, jnp.bfloat16)
     )
     np.testing.assert_array_equal(d_base, jnp.ones_like(base))
+    half = base.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        combine(y, pair_row, weights, half), combine(y, pair_row, weights, half.astype(base.dtype))
+    )
 
 
 @pytest.fixture
@@ -119,13 +123,13 @@ def on_hopper(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float16", 520), ("bfloat16", 1536)])
-@pytest.mark.parametrize("with_base", [True, False])
-def test_the_hopper_kernel_sums_as_the_definition(dtype, width, with_base, on_hopper):
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", None])
+def test_the_hopper_kernel_sums_as_the_definition(dtype, width, base_dtype, on_hopper):
     _, pair_row, weights = make_inputs(2)
     rng = np.random.default_rng(2)
     y = jnp.asarray(rng.normal(size=(R, width)), dtype)
     y = y.at[np.setdiff1d(np.arange(R), pair_row)].set(jnp.nan)
-    base = jnp.asarray(rng.normal(size=(T, width)), jnp.float32) if with_base else None
+    base = jnp.asarray(rng.normal(size=(T, width)), base_dtype) if base_dtype else None
     for out_dtype in (jnp.float32, jnp.dtype(dtype)):
         expected = rows._reference(out_dtype, y, pair_row, weights, base)
         got = combine(y, pair_row, weights, base, out_dtype)

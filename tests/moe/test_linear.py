@@ -145,3 +145,17 @@ def test_scales_of_the_whole_have_the_shape_of_the_whole():
     for granularity in ("tensor", "channel", "block"):
         scales = jnp.zeros(scale_shape((2, 300, 257), granularity))
         assert slice_scales(scales, granularity, (2, 300, 257), (0, 0)) is scales
+
+
+@pytest.mark.parametrize("rows", [8, 600])
+def test_a_sum_is_rounded_once_to_the_output_s_dtype(rows):
+    x, w = (
+        jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.bfloat16)
+        for i, shape in enumerate(((rows, 96), (2, 5, 96)))
+    )
+    rounded = linear(x, w, out_dtype=x.dtype)
+    assert rounded.shape == (rows, 2, 5)
+    assert rounded.dtype == x.dtype
+    np.testing.assert_array_equal(rounded, linear(x, w).astype(x.dtype))
+    gated = linear(x, w, "silu", x.dtype)
+    np.testing.assert_array_equal(gated, linear(x, w, "silu").astype(x.dtype))
