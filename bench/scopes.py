@@ -2,10 +2,11 @@
 
 XLA names the instruction that each of a profile's events ran (`hlo_op`), and the compiled program's text says in which scope
 each instruction was written. A kernel in a CUDA graph does not tell its instruction: what is profiled is the same program
-compiled `ONE_BY_ONE`. Some collectives have names that the text does not have: see `name_collectives`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
+compiled `ONE_BY_ONE`. Kernel times come from XLA's profile alone: another CUPTI client in the process (`timing.times`) ends
 it once XLA's has run.
 
-With several devices, times are each device's own. A collective's kernel also waits for the last device to come: see `collective_us`.
+With several devices, times are each device's own. Some collectives have names that the text does not have: see `name_collectives`.
+A collective's kernel also waits for the last device to come: see `collective_us`.
 """
 
 import collections

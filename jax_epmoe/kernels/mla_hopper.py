@@ -4,8 +4,9 @@
     out[h]       = softmax(scores[h]) @ latent[:, :rank]
 
 What counts is reading the latents once. Positions ride wgmma's m and heads its n, so that few heads leave no product idle, and
-a tile of latents serves both products from shared memory; many heads have a kernel of their own. A sequence's positions are dealt over several CTAs where there
-are fewer sequences than streaming multiprocessors; their parts are merged by the largest score that each saw.
+a tile of latents serves both products from shared memory. A sequence's positions are dealt over several CTAs where there
+are fewer sequences than streaming multiprocessors; their parts are merged by the largest score that each saw. Many heads have a
+kernel of their own, `mla_hopper_many_heads`.
 """
 
 import functools
