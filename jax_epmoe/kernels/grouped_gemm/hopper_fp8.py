@@ -324,44 +324,37 @@ def _run(
             plgpu.set_max_registers(232, action="increase")
             whole = [(part, block) for block in range(blocks) for part in range(parts)]
 
+            def along_rows(values, height):
+                return lax.broadcast_in_dim(values, (64, height), (1,))
+
+            def along_columns(ref, height):
+                values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                return lax.broadcast_in_dim(values, (64, height), (0,))
+
+            def zeros(height):
+                return plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
+
             def multiply_tile(step, tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
                 column_tile, first_step = place(tile)
                 first_column = column_tile * tiling.columns + warpgroup * own_columns
                 out_column = tile.column_tile * tiling.columns + warpgroup * own_columns
 
-                def weight_scales(k_step):
-                    """Of one step, a scalar for each promotion of each part."""
-                    if scaled_at_the_end:
-                        return ()
-                    # A warpgroup's columns lie in one block of weights; those past n in none.
-                    block = lax.min(lax.div(first_column, i32(BLOCK)), ws_gmem.shape[2] - 1)
-                    return tuple(
-                        ws_gmem[tile.expert, part, block, k_block(first_step + k_step, i)]
-                        for i in range(promotions)
-                        for part in range(parts)
-                    )
+                def sums_of(height):
+                    """Of each part and each 64 of this warpgroup's columns, transposed."""
 
-                def along_rows(values, height):
-                    return lax.broadcast_in_dim(values, (64, height), (1,))
+                    def weight_scales(k_step):
+                        """Of one step, a scalar for each promotion of each part."""
+                        if scaled_at_the_end:
+                            return ()
+                        # A warpgroup's columns lie in one block of weights; those past n in none.
+                        block = lax.min(lax.div(first_column, i32(BLOCK)), ws_gmem.shape[2] - 1)
+                        return tuple(
+                            ws_gmem[tile.expert, part, block, k_block(first_step + k_step, i)]
+                            for i in range(promotions)
+                            for part in range(parts)
+                        )
 
-                def along_columns(ref, height):
-                    values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                    return lax.broadcast_in_dim(values, (64, height), (0,))
-
-                def maxima_of_groups(result, height):
-                    """Magnitudes, of each row of a tile's 128 columns: of this warpgroup's 64 and of the other's."""
-                    _, room, maxima, met = for_quantizing
-                    # Two tiles' by turns: the other warpgroup may still be reading the last one's.
-                    of_tile = maxima.at[lax.rem(step, i32(2))]
-                    own = quantize_hopper.largest_of_columns(jnp.abs(result), room.at[warpgroup])
-                    of_tile[warpgroup, pl.ds(0, height)] = own
-                    plgpu.barrier_arrive(met)
-                    plgpu.barrier_wait(met)
-                    others = of_tile.at[1 - warpgroup, pl.ds(0, height)]
-                    return jnp.maximum(own, plgpu.load(others, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False))
-
-                def multiply(height):
                     def k_body(k_step, carry):
                         sums, of_weights = carry
                         count = step * k_steps + k_step
@@ -388,7 +381,7 @@ def _run(
                                 run = functools.partial(pl.run_scoped, one, plgpu.ACC((64, height), f32))
                                 # Behind a branch ptxas does not share its zeros with the next accumulator's, by moves.
                                 apart = parts == 1 and i == 0 and height in _APART
-                                product = lax.cond(tile.expert >= 0, run, lambda: zeros) if apart else run()
+                                product = lax.cond(tile.expert >= 0, run, lambda: nothing) if apart else run()
                                 if (promotion, i) == (promotions - 1, len(whole) - 1):
                                     plgpu.barrier_arrive(empty.at[stage])
                                 if of_rows is not None:
@@ -398,53 +391,69 @@ def _run(
                             sums = new
                         return tuple(sums), following
 
-                    zeros = plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
-                    start = (zeros,) * len(whole), weight_scales(i32(0))
+                    nothing = zeros(height)
+                    start = (nothing,) * len(whole), weight_scales(i32(0))
                     sums, _ = lax.fori_loop(0, k_steps, k_body, start)
-                    if scaled_at_the_end:
-                        of_rows = along_rows(
-                            plgpu.load(
-                                xs_gmem.at[pl.ds(first_row, height)],
-                                layout=plgpu.Layout.WGMMA.reduce(0),
-                                optimized=False,
-                            ),
-                            height,
+                    return dict(zip(whole, sums, strict=True))
+
+                def result_of(sums, block, of_rows, height):
+                    """64 columns as they are to be stored, but for their dtype: scaled, biased, gated."""
+                    of_parts = []
+                    for part in range(parts):
+                        result = sums[part, block]
+                        columns = (tile.expert, part, pl.ds(first_column + block * 64, 64))
+                        if scaled_at_the_end:
+                            result = result * of_rows * along_columns(ws_gmem.at[*columns], height)
+                        for ref in bias_gmem:
+                            result = result + along_columns(ref.at[*columns], height)
+                        of_parts.append(result)
+                    return gated(activation, *of_parts) if activation else of_parts[0]
+
+                def maxima_of_groups(result, height):
+                    """Magnitudes, of each row of a tile's 128 columns: of this warpgroup's 64 and of the other's."""
+                    _, room, maxima, met = for_quantizing
+                    # Two tiles' by turns: the other warpgroup may still be reading the last one's.
+                    of_tile = maxima.at[lax.rem(step, i32(2))]
+                    own = quantize_hopper.largest_of_columns(jnp.abs(result), room.at[warpgroup])
+                    of_tile[warpgroup, pl.ds(0, height)] = own
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
+                    others = of_tile.at[1 - warpgroup, pl.ds(0, height)]
+                    return jnp.maximum(own, plgpu.load(others, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False))
+
+                def store(result, scales, block, height):
+                    """64 columns, and what they are to be multiplied by, if they are quantised."""
+                    if out_dtype.itemsize != 2:  # 16 bits go through the transposed view as they are: matrix stores
+                        result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                    result = result.astype(out_dtype)
+                    # One block's room: the next waits until this one has been read.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    own_out = out_smem.at[warpgroup, pl.ds(0, height)]
+                    own_out.T[...] = result
+                    if quantizes:
+                        for_quantizing[0][warpgroup, pl.ds(0, height)] = scales
+                    plgpu.commit_smem()
+                    tiles.store_rows(own_out, out_gmem, tile, out_column + block * 64)
+                    if quantizes:  # both have them
+                        own_scales = for_quantizing[0].at[warpgroup, pl.ds(0, height)]
+                        pl.when(warpgroup == 0)(
+                            functools.partial(tiles.store_numbers, own_scales, scales_gmem[0], tile.column_tile, tile)
                         )
-                    results = dict(zip(whole, sums, strict=True))
+                    plgpu.commit_smem_to_gmem_group()
+
+                def multiply(height):
+                    sums, of_rows = sums_of(height), None
+                    if scaled_at_the_end:
+                        own = xs_gmem.at[pl.ds(first_row, height)]
+                        of_rows = along_rows(
+                            plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False), height
+                        )
                     for block in range(blocks):
-                        of_parts = []
-                        for part in range(parts):
-                            result = results[part, block]
-                            place = (tile.expert, part, pl.ds(first_column + block * 64, 64))
-                            if scaled_at_the_end:
-                                result = result * of_rows * along_columns(ws_gmem.at[*place], height)
-                            for ref in bias_gmem:
-                                result = result + along_columns(ref.at[*place], height)
-                            of_parts.append(result)
-                        result = gated(activation, *of_parts) if activation else of_parts[0]
+                        result, scales = result_of(sums, block, of_rows, height), None
                         if quantizes:
                             scales = quantize_hopper.scales_of(maxima_of_groups(result, height))
                             result = result * along_rows(1 / scales, height)
-                        if out_dtype.itemsize != 2:  # 16 bits go through the transposed view as they are: matrix stores
-                            result = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-                        result = result.astype(out_dtype)
-                        # One block's room: the next waits until this one has been read.
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out_smem.at[warpgroup, pl.ds(0, height)].T[...] = result
-                        if quantizes:
-                            for_quantizing[0][warpgroup, pl.ds(0, height)] = scales
-                        plgpu.commit_smem()
-                        tiles.store_rows(
-                            out_smem.at[warpgroup, pl.ds(0, height)], out_gmem, tile, out_column + block * 64
-                        )
-                        if quantizes:  # both have them
-                            own_scales = for_quantizing[0].at[warpgroup, pl.ds(0, height)]
-                            pl.when(warpgroup == 0)(
-                                functools.partial(
-                                    tiles.store_numbers, own_scales, scales_gmem[0], tile.column_tile, tile
-                                )
-                            )
-                        plgpu.commit_smem_to_gmem_group()
+                        store(result, scales, block, height)
 
                 walk.for_height(tile.code, multiply)
 
