@@ -331,9 +331,6 @@ def _run(
                 values = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 return lax.broadcast_in_dim(values, (64, height), (0,))
 
-            def zeros(height):
-                return plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
-
             def multiply_tile(step, tile):
                 first_row = pl.multiple_of(tile.first_row, ROW_ALIGNMENT)
                 column_tile, first_step = place(tile)
@@ -391,7 +388,7 @@ def _run(
                             sums = new
                         return tuple(sums), following
 
-                    nothing = zeros(height)
+                    nothing = plgpu.layout_cast(jnp.zeros((64, height), f32), plgpu.Layout.WGMMA)
                     start = (nothing,) * len(whole), weight_scales(i32(0))
                     sums, _ = lax.fori_loop(0, k_steps, k_body, start)
                     return dict(zip(whole, sums, strict=True))
