@@ -20,12 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels import mla_hopper_many_heads
 from jax_epmoe.kernels.device import num_sms
+from jax_epmoe.kernels.mla_splits import OPERAND, POSITIONS, STAGES, merged, num_splits, own_tiles
 
-_POSITIONS = 64  # of a tile
-_STAGES = 2
 _MOST_SPLITS = 4  # of many heads' kernel, whose parts are four times as large
 _MAX_HEADS = 16  # of a CTA: as many sums, twice, as a warpgroup's registers hold
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
 def serves(q: jax.Array, latent: jax.Array, rank: int) -> bool:
@@ -57,31 +55,17 @@ def decode(q: jax.Array, latent: jax.Array, lengths: jax.Array, *, rank: int, sc
       `[B, heads, rank]` in q's dtype.
     """
     batch, own_heads, _ = q.shape
-    if mla_hopper_many_heads.serves(own_heads, rank):
+    if mla_hopper_many_heads.serves(q, rank):
         splits = num_splits(batch * (own_heads // mla_hopper_many_heads.HEADS), latent.shape[1], num_sms())
         if splits <= _MOST_SPLITS:
             parts = mla_hopper_many_heads.run(q, latent, lengths, rank=rank, scale=scale, splits=splits)
-            return parts[0] if splits == 1 else _merged(*parts).astype(q.dtype)
+            return parts[0] if splits == 1 else merged(*parts).astype(q.dtype)
     q = jnp.pad(q, ((0, 0), (0, -own_heads % 8), (0, 0)))
     heads = q.shape[1]
     group = next(size for size in range(min(heads, _MAX_HEADS), 0, -8) if heads % size == 0)
     splits = num_splits(batch * (heads // group), latent.shape[1], num_sms())
     out, largest, total = _run(q, latent, lengths, rank=rank, scale=scale, group=group, splits=splits)
-    return _merged(out.mT, largest, total)[:, :own_heads].astype(q.dtype)
-
-
-def _merged(out: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
-    """`[B, heads, rank]`, of each split's sum `[splits, B, heads, rank]`, largest score and sum of `exp2`, `[splits, B, heads]`."""
-    weight = jnp.exp2(largest - jnp.max(largest, axis=0))
-    return jnp.sum(weight[..., None] * out, axis=0) / jnp.sum(weight * total, axis=0)[..., None]
-
-
-def num_splits(parts: int, length: int, num_ctas: int) -> int:
-    """Over how many CTAs the positions of each of `parts` are dealt: the quickest, if all have `length` positions."""
-    most = min(-(-length // _POSITIONS), num_ctas)
-    rounds = {splits: -(-parts * splits // num_ctas) for splits in range(1, most + 1)}
-    # A split costs about as much as one more tile to start and end.
-    return min(rounds, key=lambda splits: rounds[splits] * (-(-length // (splits * _POSITIONS)) + 1))
+    return merged(out.mT, largest, total)[:, :own_heads].astype(q.dtype)
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -101,16 +85,14 @@ def _run(
         split, sequence = lax.axis_index("split"), lax.axis_index("sequence")
         own_heads = pl.ds(lax.axis_index("group") * group, group)
         length = lengths_gmem[sequence]
-        all_tiles = lax.div(length + (_POSITIONS - 1), i32(_POSITIONS))
-        first = lax.div(all_tiles * split, i32(splits))
-        steps = lax.div(all_tiles * (split + 1), i32(splits)) - first
+        first, steps = own_tiles(length, split, splits)
 
         def load(step):
-            stage = lax.rem(step, i32(_STAGES))
-            positions = pl.ds((first + step) * _POSITIONS, _POSITIONS)
+            stage = lax.rem(step, i32(STAGES))
+            positions = pl.ds((first + step) * POSITIONS, POSITIONS)
             plgpu.copy_gmem_to_smem(latent_gmem.at[sequence, positions], tiles.at[stage], full.at[stage])
 
-        for step in range(_STAGES):
+        for step in range(STAGES):
             pl.when(step < steps)(functools.partial(load, i32(step)))
         plgpu.copy_gmem_to_smem(q_gmem.at[sequence, own_heads], q_smem, q_full)
         plgpu.barrier_wait(q_full)
@@ -120,16 +102,16 @@ def _run(
 
         def tile_body(step, carry):
             out, largest, sums = carry
-            stage = lax.rem(step, i32(_STAGES))
+            stage = lax.rem(step, i32(STAGES))
             plgpu.barrier_wait(full.at[stage])
 
             def multiply_scores(accumulator):
                 plgpu.wgmma(accumulator, tiles.at[stage], q_smem.T)
                 return accumulator[...]
 
-            scores = pl.run_scoped(multiply_scores, plgpu.ACC((_POSITIONS, group), f32)) * unit
+            scores = pl.run_scoped(multiply_scores, plgpu.ACC((POSITIONS, group), f32)) * unit
             position = plgpu.broadcasted_iota(i32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-            scores = jnp.where(position < length - (first + step) * _POSITIONS, scores, -jnp.inf)
+            scores = jnp.where(position < length - (first + step) * POSITIONS, scores, -jnp.inf)
             higher = jnp.maximum(largest, jnp.max(scores, axis=0))
             shrink = jnp.exp2(largest - higher)
             p = jnp.exp2(scores - spread(higher, scores.shape))
@@ -142,7 +124,7 @@ def _run(
 
             values = pl.run_scoped(multiply_values, plgpu.ACC((rank, group), f32))
             out = out * spread(shrink, out.shape) + values
-            pl.when(step + _STAGES < steps)(lambda: load(step + _STAGES))
+            pl.when(step + STAGES < steps)(lambda: load(step + STAGES))
             return out, higher, sums * spread(shrink, sums.shape) + p
 
         def zeros(*shape):
@@ -150,7 +132,7 @@ def _run(
 
         # The first tile of a split holds a position of the sequence, so that no score is compared with -inf alone.
         none = plgpu.layout_cast(jnp.full((group,), -1e30, f32), by_column)
-        out, largest, sums = lax.fori_loop(0, steps, tile_body, (zeros(rank, group), none, zeros(_POSITIONS, group)))
+        out, largest, sums = lax.fori_loop(0, steps, tile_body, (zeros(rank, group), none, zeros(POSITIONS, group)))
         largest_gmem[split, sequence, own_heads] = largest
         total_gmem[split, sequence, own_heads] = jnp.sum(sums, axis=0)
         out_gmem[split, sequence, :, own_heads] = out
@@ -164,11 +146,11 @@ def _run(
             jax.ShapeDtypeStruct(each, f32),
         ),
         scratch_types=[
-            plgpu.SMEM((group, size), q.dtype, transforms=_OPERAND),
-            plgpu.SMEM((_STAGES, _POSITIONS, size), q.dtype, transforms=_OPERAND),
-            plgpu.SMEM((group, _POSITIONS), q.dtype, transforms=_OPERAND),
+            plgpu.SMEM((group, size), q.dtype, transforms=OPERAND),
+            plgpu.SMEM((STAGES, POSITIONS, size), q.dtype, transforms=OPERAND),
+            plgpu.SMEM((group, POSITIONS), q.dtype, transforms=OPERAND),
             plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=_STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
         ],
         grid=(splits, batch, heads // group),
         grid_names=("split", "sequence", "group"),

@@ -15,17 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_epmoe.kernels.mla_splits import OPERAND, POSITIONS, STAGES, own_tiles
+
 HEADS = 64  # of a CTA
-POSITIONS = 64  # of a tile
-_STAGES = 2
 _CONSUMERS = 2
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+_MOST_SIZE = 576  # numbers of a latent: of the queries and two tiles shared memory holds so many
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
-def serves(heads: int, rank: int) -> bool:
-    """Whether `run` takes so many heads, and values, of what `mla_hopper.serves`."""
-    return heads % HEADS == 0 and rank % (64 * _CONSUMERS) == 0
+def serves(q: jax.Array, rank: int) -> bool:
+    """Whether `run` takes these queries `[B, heads, D]` and so many values, of what `mla_hopper.serves`."""
+    return q.shape[1] % HEADS == 0 and q.shape[2] <= _MOST_SIZE and rank % (64 * _CONSUMERS) == 0
 
 
 def add_product(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
@@ -54,9 +54,7 @@ def run(
         warpgroup = lax.axis_index("warpgroup")
         own_heads = pl.ds(lax.axis_index("group") * HEADS, HEADS)
         length = lengths_gmem[sequence]
-        all_tiles = lax.div(length + (POSITIONS - 1), i32(POSITIONS))
-        first = lax.div(all_tiles * split, i32(splits))
-        steps = lax.div(all_tiles * (split + 1), i32(splits)) - first
+        first, steps = own_tiles(length, split, splits)
 
         @pl.when(warpgroup == _CONSUMERS)
         def _load():
@@ -65,14 +63,14 @@ def run(
 
             @pl.loop(0, steps)
             def _tile(step):
-                stage = lax.rem(step, i32(_STAGES))
-                pl.when(step >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                stage = lax.rem(step, i32(STAGES))
+                pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
                 positions = pl.ds((first + step) * POSITIONS, POSITIONS)
                 plgpu.copy_gmem_to_smem(latent_gmem.at[sequence, positions], tiles.at[stage], full.at[stage])
 
-            @pl.loop(lax.max(steps - _STAGES, i32(0)), steps)  # every stage is released before the kernel ends
+            @pl.loop(lax.max(steps - STAGES, i32(0)), steps)  # every stage is released before the kernel ends
             def _released(step):
-                plgpu.barrier_wait(empty.at[lax.rem(step, i32(_STAGES))])
+                plgpu.barrier_wait(empty.at[lax.rem(step, i32(STAGES))])
 
         @pl.when(warpgroup < _CONSUMERS)
         def _attend():
@@ -85,7 +83,7 @@ def run(
 
             def tile_body(step, carry):
                 out, largest, sums = carry
-                stage = lax.rem(step, i32(_STAGES))
+                stage = lax.rem(step, i32(STAGES))
                 plgpu.barrier_wait(full.at[stage])
 
                 def multiply_scores(accumulator):
@@ -127,11 +125,11 @@ def run(
         kernel,
         out_type=(jax.ShapeDtypeStruct((batch, heads, rank), q.dtype),) if splits == 1 else part,
         scratch_types=[
-            plgpu.SMEM((HEADS, size), q.dtype, transforms=_OPERAND),
-            plgpu.SMEM((_STAGES, POSITIONS, size), q.dtype, transforms=_OPERAND),
+            plgpu.SMEM((HEADS, size), q.dtype, transforms=OPERAND),
+            plgpu.SMEM((STAGES, POSITIONS, size), q.dtype, transforms=OPERAND),
             plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=_STAGES),
-            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=_STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=STAGES),
         ],
         grid=(splits, batch, heads // HEADS),
         grid_names=("split", "sequence", "group"),

@@ -54,7 +54,7 @@ class GatedMLP(nnx.Module):
     def partial_sum(self, x: jax.Array) -> jax.Array:
         """One device's share of the output, inside a shard_map: `[T, H]` -> `[T, H]`, to be summed over `axes`.
 
-        In float32; where weights are quantised, in x's dtype.
+        In float32; where weights are quantised and there is no output gate, in x's dtype.
         """
         hidden = linear(x, self.w_gate_up, self.activation, x.dtype)  # [T, I / devices]
         out = linear(hidden, self.w_down, out_dtype=x.dtype if isinstance(self.w_down, DenseWeights) else jnp.float32)

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels import mla_hopper, mla_hopper_many_heads
+from jax_epmoe.kernels import mla_hopper, mla_hopper_many_heads, mla_splits
 
 
 def expected(q, latent, lengths, rank, scale):
@@ -68,10 +68,20 @@ def test_large_scores_do_not_overflow(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "length"), [(64, 16, 1024), (64, 128, 1024), (2, 64, 1024), (7, 8, 776), (1, 16, 8)]
+    ("batch", "heads", "length", "size"),
+    [
+        (64, 16, 1024, 576),
+        (64, 128, 1024, 576),
+        (64, 64, 1024, 576),
+        (1, 128, 4096, 576),
+        (64, 128, 1024, 640),  # more than many heads' kernel has room for
+        (7, 8, 776, 576),
+        (1, 16, 8, 576),
+    ],
 )
-def test_real_sizes_lower_for_cuda(batch, heads, length):
-    q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((batch, heads, 576), (batch, length, 576)))
+def test_real_sizes_lower_for_cuda(batch, heads, length, size, monkeypatch):
+    monkeypatch.setattr(mla_hopper, "num_sms", lambda: 132)
+    q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((batch, heads, size), (batch, length, size)))
     assert mla_hopper.serves(q, latent, 512)
     run = jax.jit(lambda q, latent, lengths: mla_hopper.decode(q, latent, lengths, rank=512, scale=0.1))
     lowered = run.trace(q, latent, jax.ShapeDtypeStruct((batch,), jnp.int32)).lower(lowering_platforms=("cuda",))
@@ -83,7 +93,7 @@ def test_real_sizes_lower_for_cuda(batch, heads, length):
     [(64, 1024, 2), (128, 1024, 1), (1, 1024, 16), (1, 64, 1), (132, 8192, 1), (66, 8192, 2), (1000, 1024, 1)],
 )
 def test_positions_are_dealt_over_as_many_ctas_as_there_are(parts, length, best):
-    assert mla_hopper.num_splits(parts, length, 132) == best
+    assert mla_splits.num_splits(parts, length, 132) == best
 
 
 def test_what_is_served():

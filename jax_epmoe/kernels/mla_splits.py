@@ -1,0 +1,32 @@
+"""What MLA's two decode kernels share: tiles of a sequence's positions, dealt over CTAs whose parts are merged."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+POSITIONS = 64  # of a tile
+STAGES = 2
+OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+
+
+def num_splits(parts: int, length: int, num_ctas: int) -> int:
+    """Over how many CTAs the positions of each of `parts` are dealt: the quickest, if all have `length` positions."""
+    most = min(-(-length // POSITIONS), num_ctas)
+    rounds = {splits: -(-parts * splits // num_ctas) for splits in range(1, most + 1)}
+    # A split costs about as much as one more tile to start and end.
+    return min(rounds, key=lambda splits: rounds[splits] * (-(-length // (splits * POSITIONS)) + 1))
+
+
+def own_tiles(length: jax.Array, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
+    """The first tile of one of the splits of so many positions, and how many it has; each tile holds a position."""
+    i32 = jnp.int32
+    all_tiles = lax.div(length + (POSITIONS - 1), i32(POSITIONS))
+    first = lax.div(all_tiles * split, i32(splits))
+    return first, lax.div(all_tiles * (split + 1), i32(splits)) - first
+
+
+def merged(out: jax.Array, largest: jax.Array, total: jax.Array) -> jax.Array:
+    """`[B, heads, rank]`, of each split's sum `[splits, B, heads, rank]`, largest score and sum of `exp2`, `[splits, B, heads]`."""
+    weight = jnp.exp2(largest - jnp.max(largest, axis=0))
+    return jnp.sum(weight[..., None] * out, axis=0) / jnp.sum(weight * total, axis=0)[..., None]
