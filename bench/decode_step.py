@@ -3,9 +3,10 @@
     python -m bench.decode_step                                  # OLMoE, DeepSeek-V2-Lite, Qwen3-30B-A3B
     python -m bench.decode_step --models bench/configs/olmoe-1b-7b --batch-size 64 --context 1024
 
-The step is the engine's own program (greedy, sampling included), every sequence at the end of its context; with
-`--num-continuous-decode-steps N`, an N-th of its program of N steps. `step` is a step's time on the stream, gaps included; `kernels` the sum of its kernel times. `floor`: the weights that a step uses (of
-experts, those that some token chose), and the cache up to each sequence's end, once, at the copy rate measured here.
+The step is the engine's own program (greedy, sampling included), and each call the same step: every sequence at the end of its
+context, with the same tokens. With `--num-continuous-decode-steps N` it is an N-th of the engine's program of N steps. `step` is a step's time on the
+stream, gaps included; `kernels` the sum of its kernel times. `floor`: the weights that a step uses (of experts, those that some
+token chose in it), and the cache up to each sequence's end, once, at the copy rate measured here.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from bench.roofline import failure, number
 from bench.timing import ceilings
 from jax_epmoe.generate.batching import make_shapes
 from jax_epmoe.generate.engine import Engine
-from jax_epmoe.generate.programs import Call, Slots, pack
+from jax_epmoe.generate.programs import Call, Made, Programs, Slots, pack
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scheduler import Prefill, PrefillRow, Running
 from jax_epmoe.models.decoder import Decoder
@@ -39,7 +40,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 MODELS = ("olmoe-1b-7b", "deepseek-v2-lite", "qwen3-30b-a3b")
 DTYPE = "bfloat16"
 ITERATIONS = 8
-CALLS = 4 * ITERATIONS + 2  # of `scopes.measure`
+CALLS = 4 * ITERATIONS + 3  # of `scopes.measure`, and one that counts experts
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def _arguments() -> argparse.Namespace:
     defaults = [CONFIGS / name for name in MODELS]
     parser.add_argument("--models", type=Path, nargs="+", default=defaults, help="folders with a config.json")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024, help=f"at least {CALLS + 2}, or as many times N")
+    parser.add_argument("--context", type=int, default=1024, help="at least N + 2")
     parser.add_argument(
         "--num-continuous-decode-steps", type=int, default=1, metavar="N", help="steps a call (default 1)"
     )
@@ -62,9 +63,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start no model after")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
-    steps = CALLS * args.num_continuous_decode_steps
-    if args.context < steps + 2:
-        parser.error(f"--context is {args.context}; it should be at least {steps + 2}: {steps} steps are run")
+    least = args.num_continuous_decode_steps + 2
+    if args.context < least:
+        parser.error(
+            f"--context is {args.context}; it should be at least {least}, for a prompt and the steps of a call"
+        )
     return args
 
 
@@ -94,31 +97,38 @@ def ceilings_here() -> dict[str, Any]:
 
 
 class Step:
-    """A decode call of `steps` steps that goes on from where the last one ended."""
+    """A decode call of `steps` steps, the last of which is at the end of the context; every call is the same."""
 
     def __init__(self, model: Decoder, batch_size: int, context: int, steps: int) -> None:
-        new = CALLS * steps + 1  # the first new token comes with the prompt
-        self.start = context - new
+        new = steps + 1  # the first new token comes with the prompt
+        start = context - new
         engine = Engine(model, max_batch_size=batch_size, context_length=context, num_continuous_decode_steps=steps)
         random = np.random.default_rng(0)
-        prompts = random.integers(0, model.config.vocab_size, (batch_size, self.start)).tolist()
+        prompts = random.integers(0, model.config.vocab_size, (batch_size, start)).tolist()
         requests = engine.requests(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
         shapes = make_shapes(requests, engine.limits, batch_size)
-        rows = tuple(PrefillRow(Running(r, []), i, 0, self.start) for i, r in enumerate(requests))
-        tokens, _, ints, floats = pack(Prefill(rows, self.start, True, ()), shapes.num_stop_ids)
-        column = np.full(batch_size, self.start, np.int32), np.ones(batch_size, np.int32), np.ones(batch_size, bool)
+        rows = tuple(PrefillRow(Running(r, []), i, 0, start) for i, r in enumerate(requests))
+        tokens, _, ints, floats = pack(Prefill(rows, start, True, ()), shapes.num_stop_ids)
+        column = np.full(batch_size, start, np.int32), np.ones(batch_size, np.int32), np.ones(batch_size, bool)
         programs = engine.programs
-        put = [programs.put(array) for array in (tokens[:, -1], *column, ints, floats)]
-        self.slots = Slots(*put, seen=None)
-        self.everyone = programs.put(np.ones(batch_size, bool))
-        lowered = programs.lower(shapes, Call("decode", length=steps))
+        arrays = tokens[:, -1], *column, ints, floats
+        self._slots = [Slots(*map(programs.put, arrays), seen=None) for _ in range(CALLS)]  # a call takes its own
+        self._everyone = programs.put(np.ones(batch_size, bool))
+        call = Call("decode", length=steps)
+        lowered = programs.lower(shapes, call)
         self.program, self.profiled = lowered.compile(), lowered.compile(scopes.ONE_BY_ONE)
+        self._counting = Programs(model, "auto", with_load=True).lower(shapes, call)
         self._weights = programs.weights
         self.cache = jax.tree.map(_random_like, model.init_cache(shapes.slots, shapes.cache_length))
+        self.positions_read = start + (steps + 1) / 2
 
-    def run(self, program: Callable) -> jax.Array:
-        self.cache, self.slots, made = program(self._weights, self.cache, self.slots, self.everyone)
-        return made.token
+    def run(self, program: Callable) -> Made:
+        self.cache, _, made = program(self._weights, self.cache, self._slots.pop(), self._everyone)
+        return made
+
+    def experts_used(self) -> np.ndarray:
+        """How many experts of each MoE layer a step reads; the mean where a call has several."""
+        return np.count_nonzero(self.run(self._counting.compile()).load, axis=-1).mean(axis=0)
 
 
 def _random_like(zeros: jax.Array) -> jax.Array:
@@ -146,9 +156,9 @@ def measure(
         timed[name] /= steps
     parts = {name: us / steps for name, us in timed["parts"].items()}
     kernels = [{**kernel, "us": kernel["us"] / steps} for kernel in timed["kernels"]]
-    used = used_experts(model, step)
+    used = step.experts_used()
     weight_bytes = weight_bytes_read(model, used, batch_size)
-    cache_bytes = cache_bytes_read(step.cache, step.start)
+    cache_bytes = cache_bytes_read(step.cache, step.positions_read)
     return {
         "step_us": timed["stream_us"],
         "kernels_us": timed["device_us"],
@@ -165,16 +175,6 @@ def measure(
     }
 
 
-def used_experts(model: Decoder, step: Step) -> np.ndarray:
-    """How many experts of each MoE layer the step after the last one reads."""
-    graphdef, state = nnx.split(model)
-
-    def loads(state: Any, cache: Any, slots: Slots) -> jax.Array:
-        return nnx.merge(graphdef, state).hidden_with_load(slots.token[:, None], slots.length, cache, None)[2]
-
-    return np.count_nonzero(np.asarray(jax.jit(loads)(state, step.cache, step.slots)), axis=1)
-
-
 def weight_bytes_read(model: Decoder, used: np.ndarray, batch_size: int) -> int:
     """Of all weights; of `used[i]` experts in the i-th MoE layer; of an embedding that is no head, a row for each sequence."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -184,13 +184,13 @@ def weight_bytes_read(model: Decoder, used: np.ndarray, batch_size: int) -> int:
     moe_layers = [layer.moe for layer in model.layers if layer.has_experts]
     for moe, count in zip(moe_layers, used, strict=True):
         for experts in jax.tree.leaves((moe.w_gate_up[...], moe.w_down[...])):  # with their scales
-            total -= (len(experts) - int(count)) * (experts.nbytes // len(experts))
+            total -= round((len(experts) - count) * (experts.nbytes // len(experts)))
     return total
 
 
-def cache_bytes_read(cache: Any, positions: int) -> int:
+def cache_bytes_read(cache: Any, positions: float) -> int:
     """Of every sequence's first `positions`; arrays are `[B, L, ...]`."""
-    return sum(leaf.nbytes // leaf.shape[1] * positions for leaf in jax.tree.leaves(cache))
+    return round(sum(leaf.nbytes // leaf.shape[1] for leaf in jax.tree.leaves(cache)) * positions)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -24,23 +24,28 @@ def serves(logits: jax.Array) -> bool:
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
 @functools.partial(jax.jit, static_argnames="config")
-def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits: jax.Array, correction_bias: jax.Array | None, mask: jax.Array | None, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
     """Scores, groups, top k and weights, by the steps that `MoEConfig` lists.
 
     Args:
       logits: `[T, E]` float32, ones that it `serves`; no NaN.
       correction_bias: `[E]` float32 or None.
+      mask: `[T]` bool: the tokens that count; None: all.
       config: of the layer.
 
     Returns:
-      The chosen experts' weights `[T, k]` float32, best first, and their ids `[T, k]` int32; of equals the lower id comes first.
+      The chosen experts' weights `[T, k]` float32, best first, and their ids `[T, k]` int32; of equals the lower id comes first. Ids
+      of tokens that do not count are E.
     """
     tokens, experts = logits.shape
     padding = -tokens % _TOKENS, -experts % _LANES
     f32, i32 = jnp.float32, jnp.int32
 
     def kernel(logits_gmem, *refs):
-        *bias_gmem, weights_gmem, ids_gmem = refs
+        *refs, weights_gmem, ids_gmem = refs
+        bias_gmem, mask_gmem = refs[: len(biases)], refs[len(biases) :]
         here = pl.ds(lax.axis_index("block") * _TOKENS, _TOKENS)
         scores = left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
         for ref in bias_gmem:
@@ -52,12 +57,14 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
             left = jnp.where(number > -experts, left, -jnp.inf)
         if config.n_group > 1:
             left = _without_other_groups(left, number, config)
+        counts = [plgpu.load(ref.at[here], layout=_ROWS.reduce(1), optimized=False) > 0 for ref in mask_gmem]
         weights = []
         for place in range(config.top_k):
             best, first = _best(left, number)
             chosen = number == _spread(first, left)
             weights.append(jnp.max(jnp.where(chosen, scores, -jnp.inf), axis=1) if bias_gmem else best)
-            ids_gmem[here, place] = (-first).astype(i32)
+            own_ids = (-first).astype(i32)
+            ids_gmem[here, place] = jnp.where(counts[0], own_ids, experts) if counts else own_ids
             left = jnp.where(chosen, -jnp.inf, left)
         factor: jax.Array | float = config.routed_scaling_factor
         if config.norm_topk_prob:
@@ -66,14 +73,19 @@ def choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConf
             weights_gmem[here, place] = weight * factor
 
     shape = (tokens + padding[0], config.top_k)
-    bias = [] if correction_bias is None else [jnp.pad(correction_bias.astype(f32), (0, padding[1]))]
+    biases = [] if correction_bias is None else [jnp.pad(correction_bias.astype(f32), (0, padding[1]))]
+    masks = [] if mask is None else [jnp.pad(mask.astype(i32), (0, padding[0]))]
     weights, ids = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct(shape, i32)),
         grid=(shape[0] // _TOKENS,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
-    )(jnp.pad(logits, ((0, padding[0]), (0, padding[1])), constant_values=-jnp.inf if padding[1] else 0), *bias)
+    )(
+        jnp.pad(logits, ((0, padding[0]), (0, padding[1])), constant_values=-jnp.inf if padding[1] else 0),
+        *biases,
+        *masks,
+    )
     return weights[:tokens], ids[:tokens]
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
-from jax_epmoe.kernels import mla_hopper
+from jax_epmoe.kernels import mla_hopper, rope_hopper
 from jax_epmoe.kernels.device import compute_capability, on_hopper
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
 from jax_epmoe.models import kv_cache
@@ -340,17 +340,13 @@ class GQA(Attention):
             q += self.q_bias[...]
             k += self._own_heads(self.k_bias[...])
             v += self._own_heads(self.v_bias[...])
-        if self.config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif self.config.qk_norm == "full":
-            q, k = self._norm_over_all_heads(q, k)
-        if self.config.clip_qkv is not None:
-            q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
-        q, k = (rotate(a, rope, self.interleaved).astype(x.dtype) for a in (q, k))
-        v = v.astype(x.dtype)
         cached, window = cache is not None and not is_start, self.config.sliding_window
-        if cache is not None:
-            cache = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
+        if cached and self._is_one_kernel(q, k, rope, cache, x.dtype):
+            q, cache = self._rotate_into_cache(q, k, v, rope, positions, cache)
+        else:
+            q, k, v = self._rotated(q, k, v, rope, x.dtype)
+            if cache is not None:
+                cache = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
         if cached:
             k, v = (kv_cache.read(array, x.dtype) for array in cache)
         sinks = self.sinks[...] if self.config.sinks else None
@@ -359,6 +355,41 @@ class GQA(Attention):
         if self.config.o_bias:  # once, after the devices' parts are summed
             out += self.o_bias[...].astype(out.dtype)
         return out, cache
+
+    def _rotated(self, q, k, v, rope, dtype):
+        """Normalised, clipped, rotated where they should be, and rounded."""
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.config.qk_norm == "full":
+            q, k = self._norm_over_all_heads(q, k)
+        if self.config.clip_qkv is not None:
+            q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
+        return *(rotate(a, rope, self.interleaved).astype(dtype) for a in (q, k)), v.astype(dtype)
+
+    def _is_one_kernel(self, q, k, rope, cache, dtype) -> bool:
+        """Whether `_rotate_into_cache` does what `_rotated` and writing do."""
+        return (
+            on_hopper()
+            and q.shape[1] == 1
+            and self.config.qk_norm in (None, "head")
+            and self.config.clip_qkv is None
+            and not self.interleaved
+            and isinstance(cache[0], jax.Array)
+            and cache[0].dtype == dtype
+            and rope_hopper.serves(q[:, 0], k[:, 0], rope, cache[0])
+        )
+
+    def _rotate_into_cache(self, q, k, v, rope, positions, cache):
+        norms = (self.q_norm, self.k_norm) if self.config.qk_norm else ()
+        q, *cache = rope_hopper.rotate_into_cache(
+            *(a[:, 0] for a in (q, k, v)),
+            tuple(a[:, 0] for a in rope),
+            positions[:, 0],
+            *cache,
+            tuple(norm.scale[...] for norm in norms) or None,
+            eps=norms[0].eps if norms else 0.0,
+        )
+        return q[:, None], tuple(cache)
 
     def _own_heads[KV: (jax.Array, nnx.Param, DenseWeights)](self, kv: KV) -> KV | jax.Array:
         """This device's KV heads `[local kv heads, ...]`: its shard as it is, or of all heads the one that its query heads read."""

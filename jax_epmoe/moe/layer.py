@@ -197,8 +197,7 @@ class EPMoE(nnx.Module):
             bias, correction_bias = (
                 None if vector is None else vector[...] for vector in (self.router.bias, self.router.correction_bias)
             )
-            weights, ids = route(tokens, self.router.weight[...], correction_bias, config, bias)
-            ids = jnp.where(mask.reshape(-1, 1), ids, config.num_experts)
+            weights, ids = route(tokens, self.router.weight[...], correction_bias, config, bias, mask.reshape(-1))
         with jax.named_scope("plan"):
             plan = make_plan(ids, first_expert, local_experts)
         if self.tokens_share_a_scale:

@@ -16,6 +16,7 @@ def route(
     correction_bias: jax.Array | None,
     config: MoEConfig,
     router_bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses `k` of `E` experts for each token, by the steps that `MoEConfig` lists.
 
@@ -25,14 +26,15 @@ def route(
       correction_bias: `[E]` or None.
       config: the layer's.
       router_bias: `[E]`, added to the logits, or None.
+      mask: `[T]` bool: the tokens that count; None: all.
 
     Returns:
-      weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id.
+      weights `[T, k]` float32 and expert ids `[T, k]` int32, best first; ties go to the lower id. Ids of tokens that do not count are E.
     """
     logits = _logits(x, router_weight)
     if router_bias is not None:
         logits += router_bias.astype(jnp.float32)
-    return _choose(logits, correction_bias, config)
+    return _choose(logits, correction_bias, mask, config)
 
 
 # From so many tokens on, throughput counts rather than the number of kernels.
@@ -58,29 +60,33 @@ def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
     return high + low
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _choose(logits: jax.Array, correction_bias: jax.Array | None, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _choose(
+    logits: jax.Array, correction_bias: jax.Array | None, mask: jax.Array | None, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
     """The weights of the chosen experts `[T, k]`, and their ids; the weights alone have a gradient."""
     if on_hopper() and route_hopper.serves(logits):
-        return route_hopper.choose(logits, correction_bias, config)
+        return route_hopper.choose(logits, correction_bias, mask, config)
     choice = _scores(logits, config)  # [T, E]
     if correction_bias is not None:
         choice += correction_bias.astype(jnp.float32)
     if config.n_group > 1:
         choice = jnp.where(_in_best_groups(choice, config), choice, -jnp.inf)
     ids = jax.lax.top_k(choice, config.top_k)[1].astype(jnp.int32)
-    return _weights_of(logits, ids, config), ids
+    weights = _weights_of(logits, ids, config)
+    return weights, ids if mask is None else jnp.where(mask[:, None], ids, config.num_experts)
 
 
-def _choose_forward(logits, correction_bias, config):
-    weights, ids = _choose(logits, correction_bias, config)
-    return (weights, ids), (logits, correction_bias, ids)
+def _choose_forward(logits, correction_bias, mask, config):
+    weights, ids = _choose(logits, correction_bias, mask, config)
+    of_any = ids if mask is None else jnp.minimum(ids, config.num_experts - 1)
+    return (weights, ids), (logits, correction_bias, of_any)
 
 
 def _choose_backward(config, saved, d_outputs):
     logits, correction_bias, ids = saved
     (d_logits,) = jax.vjp(lambda logits: _weights_of(logits, ids, config), logits)[1](d_outputs[0])
-    return d_logits, jax.tree.map(jnp.zeros_like, correction_bias)
+    return d_logits, jax.tree.map(jnp.zeros_like, correction_bias), None
 
 
 _choose.defvjp(_choose_forward, _choose_backward)

@@ -93,18 +93,21 @@ def test_a_run_measures_the_engines_own_step(folder, monkeypatch, tmp_path, caps
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_every_sequence_runs_in_every_step_that_is_measured(folder, steps):
+def test_every_call_is_the_same_and_ends_with_the_context(folder, steps):
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="float32")
     step = decode_step.Step(model, 4, 128, steps)
     assert step.cache[0][0].shape[:2] == (4, 128)
-    for i in range(decode_step.CALLS):
-        tokens = np.asarray(step.run(step.program))
-        assert tokens.shape == (steps, 4)
-        assert (tokens >= 0).all(), (i, tokens)
-    assert step.slots.length.tolist() == [127] * 4
-    assert not step.slots.running.any()
+    before = np.asarray(step.cache[0][0])
+    tokens = [np.asarray(step.run(step.program).token) for _ in range(decode_step.CALLS - 1)]
+    assert tokens[0].shape == (steps, 4)
+    assert (tokens[0] >= 0).all()
+    assert (np.array(tokens) == tokens[0]).all()
+    written = np.any(before != np.asarray(step.cache[0][0]), axis=(0, 2, 3))
+    assert np.flatnonzero(written).tolist() == list(range(127 - steps, 127))
+    assert step.experts_used().shape == (1,)
+    assert step.positions_read == {1: 127, 3: 126}[steps]
 
 
 def test_a_context_that_the_steps_do_not_fit_is_refused(monkeypatch):
     with pytest.raises(SystemExit):
-        arguments_of(monkeypatch, "--context", "35")
+        arguments_of(monkeypatch, "--context", "5", "--num-continuous-decode-steps", "4")

@@ -52,8 +52,9 @@ def test_it_chooses_as_the_layer_does(case, tokens, distinct, interpreted):
     config, rng = config_of(case), np.random.default_rng(0)
     logits = jnp.asarray(rng.integers(-distinct, distinct, (tokens, config.num_experts)) * (4 / distinct), jnp.float32)
     bias = jnp.asarray(rng.integers(-2, 3, config.num_experts) / 4, jnp.float32) if config.correction_bias else None
-    expected, expected_ids = router._choose(logits, bias, config)
-    weights, ids = route_hopper.choose(logits, bias, config)
+    mask = None if tokens == 1 else jnp.asarray(rng.random(tokens) < 0.8)
+    expected, expected_ids = router._choose(logits, bias, mask, config)
+    weights, ids = route_hopper.choose(logits, bias, mask, config)
     np.testing.assert_array_equal(ids, expected_ids)
     assert ids.dtype == jnp.int32
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
@@ -64,7 +65,8 @@ def test_it_lowers_for_cuda(case):
     config = config_of(CASES[case])
     logits = jax.ShapeDtypeStruct((8192, config.num_experts), jnp.float32)
     bias = jax.ShapeDtypeStruct((config.num_experts,), jnp.float32) if config.correction_bias else None
-    lowered = route_hopper.choose.trace(logits, bias, config).lower(lowering_platforms=("cuda",))
+    mask = jax.ShapeDtypeStruct(logits.shape[:1], bool)
+    lowered = route_hopper.choose.trace(logits, bias, mask, config).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 

@@ -206,7 +206,8 @@ def test_on_hopper_the_kernel_chooses(biased, monkeypatch):
     ]
     calls = []
 
-    def recorded(logits, bias, config):
+    def recorded(logits, bias, mask, config):
+        assert mask is None
         calls.append(config.num_experts)
         choice = router._scores(logits, config) + (0 if bias is None else bias)
         ids = jax.lax.top_k(choice, config.top_k)[1]
