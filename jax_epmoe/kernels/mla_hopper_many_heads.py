@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels.mla_splits import OPERAND, POSITIONS, STAGES, own_tiles
+from jax_epmoe.kernels.decode_splits import OPERAND, POSITIONS, STAGES, own_tiles
 
 HEADS = 64  # of a CTA
 _CONSUMERS = 2

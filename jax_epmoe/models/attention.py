@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_epmoe.config import GQAConfig, MLAConfig, RopeConfig, require
-from jax_epmoe.kernels import mla_hopper, rope_hopper
+from jax_epmoe.kernels import decode_hopper, mla_hopper, rope_hopper
 from jax_epmoe.kernels.device import compute_capability, on_hopper
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
 from jax_epmoe.models import kv_cache
@@ -46,7 +46,7 @@ def causal_attention(
     sliding_window: int | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend`, through cuDNN where that serves the call.
+    """`attend`, through our kernel or cuDNN where one serves the call.
 
     Args:
       positions: of the queries, `[B, S]`.
@@ -54,6 +54,9 @@ def causal_attention(
       sinks: as `attend`'s. cuDNN knows none: what it computes is scaled, by what a sink would have left to the keys.
     """
     (batch, length, _, dim), num_keys = q.shape, k.shape[1]
+    if cached and length == 1 and on_hopper() and decode_hopper.serves(q[:, 0], k, v):
+        lengths = jnp.minimum(positions[:, 0] + 1, num_keys)
+        return decode_hopper.decode(q[:, 0], k, v, lengths, sinks, scale=scale, sliding_window=sliding_window)[:, None]
     key_positions = _key_positions(batch, num_keys) if cached else positions
     masked = cached and (length > 1 or sliding_window is not None)
     if not (

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import test_route_hopper
+from kernels import test_rope_hopper, test_route_hopper
 
 from jax_epmoe.config import MoEConfig
-from jax_epmoe.kernels import device, mla_hopper, route_hopper, rows, rows_hopper
+from jax_epmoe.kernels import decode_hopper, device, mla_hopper, rope_hopper, route_hopper, rows, rows_hopper
 from jax_epmoe.models import attention
 from jax_epmoe.moe import router
 from jax_epmoe.moe.plan import make_plan
@@ -100,6 +100,39 @@ def test_latent_attention_of_a_token(batch, heads, length, dtype):
     assert relative_error(got, expected[:, 0]) < 5e-3
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("sliding_window", [None, 128])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim", "length"),
+    [(64, 32, 4, 128, 1024), (1, 64, 4, 128, 5000), (7, 64, 8, 64, 776), (300, 16, 2, 64, 72)],
+)
+def test_grouped_query_attention_of_a_token(batch, heads, kv_heads, dim, length, sliding_window, with_sinks):
+    q, k, v = (
+        normal(0, batch, heads, dim),
+        normal(1, batch, length, kv_heads, dim),
+        normal(2, batch, length, kv_heads, dim),
+    )
+    sinks = normal(3, heads) if with_sinks else None
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+    got = decode_hopper.decode(q, k, v, lengths, sinks, scale=0.1, sliding_window=sliding_window)
+    again = decode_hopper.decode(q, k, v, lengths, sinks, scale=0.1, sliding_window=sliding_window)
+    q, k, v = (a.astype(jnp.float32) for a in (q[:, None], k, v))
+    places = attention._key_positions(batch, length)
+    expected = attention.attend(q, k, v, lengths[:, None] - 1, places, 0.1, sliding_window, sinks)
+    assert relative_error(got, expected[:, 0]) < 5e-3
+    assert bool(jnp.all(got == again))
+
+
+@pytest.mark.parametrize("with_norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 128), (64, 8, 64), (16, 16, 128), (4, 4, 512)])
+def test_what_lies_before_a_tokens_attention(heads, kv_heads, dim, with_norm):
+    arrays = test_rope_hopper.inputs(heads, kv_heads, dim, jnp.bfloat16, with_norm, batch=64, length=100)
+    got = rope_hopper.rotate_into_cache(*arrays, test_rope_hopper.EPS)
+    for one, other in zip(got, test_rope_hopper.expected(*arrays), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-2, atol=1e-5)
+        assert float(jnp.mean(one == other)) > 0.99
+
+
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
@@ -113,7 +146,7 @@ def test_latent_attention_of_a_token(batch, heads, length, dtype):
         (64, 8, (64, 64), 1, 640),  # gpt-oss
     ],
 )
-def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys, window, has_sinks):
+def test_each_kernel_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys, window, has_sinks):
     cached, keys = keys is not None, keys or length
     q, k, v = (
         normal(0, 5, length, heads, dims[0]),
@@ -132,5 +165,6 @@ def test_cudnn_sees_what_the_definition_sees(heads, kv_heads, dims, length, keys
         return got, attention.attend(*f32, positions, key_positions, 0.1, window, sinks)
 
     got, expected = both(q, k, v)
-    assert "cudnn" in both.lower(q, k, v).as_text()
+    is_ours = cached and length == 1 and decode_hopper.serves(q[:, 0], k, v)
+    assert ("cudnn" in both.lower(q, k, v).as_text()) != is_ours
     assert relative_error(got, expected) < 6e-3

@@ -1,5 +1,7 @@
 """MLA's decode kernel without a GPU: interpreted on the CPU with race detection, and lowered for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels import mla_hopper, mla_hopper_many_heads, mla_splits
+from jax_epmoe.kernels import decode_hopper, decode_splits, mla_hopper, mla_hopper_many_heads
 
 
 def expected(q, latent, lengths, rank, scale):
@@ -26,12 +28,18 @@ def add_product(total, a, b):
     return total + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
 
 
+def set_num_sms(monkeypatch, number: int) -> None:
+    for module in (mla_hopper, decode_hopper):
+        monkeypatch.setattr(module, "num_sms", lambda: number)
+    jax.clear_caches()  # it is no argument
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     reset_gpu_interpret_mode_state()
     monkeypatch.setattr(mla_hopper_many_heads, "add_product", add_product)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield lambda num_ctas: monkeypatch.setattr(mla_hopper, "num_sms", lambda: num_ctas)
+        yield functools.partial(set_num_sms, monkeypatch)
     reset_gpu_interpret_mode_state()
 
 
@@ -80,7 +88,7 @@ def test_large_scores_do_not_overflow(interpreted):
     ],
 )
 def test_real_sizes_lower_for_cuda(batch, heads, length, size, monkeypatch):
-    monkeypatch.setattr(mla_hopper, "num_sms", lambda: 132)
+    set_num_sms(monkeypatch, 132)
     q, latent = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((batch, heads, size), (batch, length, size)))
     assert mla_hopper.serves(q, latent, 512)
     run = jax.jit(lambda q, latent, lengths: mla_hopper.decode(q, latent, lengths, rank=512, scale=0.1))
@@ -93,7 +101,7 @@ def test_real_sizes_lower_for_cuda(batch, heads, length, size, monkeypatch):
     [(64, 1024, 2), (128, 1024, 1), (1, 1024, 16), (1, 64, 1), (132, 8192, 1), (66, 8192, 2), (1000, 1024, 1)],
 )
 def test_positions_are_dealt_over_as_many_ctas_as_there_are(parts, length, best):
-    assert mla_splits.num_splits(parts, length, 132) == best
+    assert decode_splits.num_splits(parts, length, 132) == best
 
 
 def test_what_is_served():

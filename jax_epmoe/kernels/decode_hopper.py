@@ -1,0 +1,180 @@
+"""One query a sequence over attention's cache, on Hopper: a few query heads attend to the key head that they share.
+
+    scores[h, l] = scale * q[h] . k[l]
+    out[h]       = softmax(scores[h]) @ v
+
+What counts is reading keys and values once. Positions ride wgmma's m and heads its n, so that a few heads leave no product idle.
+A sequence's positions are dealt over several CTAs where there is less to do than CTAs can run; their parts are merged
+by the largest score that each saw.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_epmoe.kernels.decode_splits import OPERAND, POSITIONS, STAGES, merged, num_splits, own_tiles
+from jax_epmoe.kernels.device import num_sms
+
+_MAX_HEADS = 16  # of a CTA: as many sums, twice, as a warpgroup's registers hold
+_SHARED_BYTES = 2**16  # of stages that leave room for two CTAs: one computes while the other waits
+
+
+def serves(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether `decode` should compute it: 16-bit numbers, 8 or 16 query heads a key head, heads of 64 or 128, L a multiple of 8."""
+    group, rest = divmod(q.shape[1], k.shape[2])
+    return (
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and rest == 0
+        and group in (8, 16)
+        and q.shape[-1] in (64, 128)
+        and k.shape == v.shape
+        and k.shape[1] % 8 == 0
+        and q.size > 0
+        and k.size > 0
+    )
+
+
+# Under jit of its own, so that a model's layers share one trace and one compilation.
+@functools.partial(jax.jit, static_argnames=("rank", "scale", "sliding_window"))
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    lengths: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    scale: float,
+    rank: int | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Softmax attention in float32 of one query a sequence.
+
+    Args:
+      q: `[B, heads, D]`, bfloat16 or float16; head n reads key head `n // (heads / kv_heads)`, and 8 divides their quotient.
+      k: `[B, L, kv_heads, D]` in q's dtype, L a multiple of 8 and D of 64.
+      v: `[B, L, kv_heads, Dv]`, Dv a multiple of 64; None: the first `rank` numbers of the keys.
+      lengths: `[B]` int32: how many positions of each sequence there are, from 1 to L. Others must be finite.
+      sinks: `[heads]`: a score more in each head's softmax, of a key whose value is zero; None: there are none.
+      scale: multiplies the scores.
+      rank: without v.
+      sliding_window: how many last positions a query sees; None: all. What is before them is not read.
+
+    Returns:
+      `[B, heads, Dv]` in q's dtype.
+    """
+    (batch, heads, size), (_, length, kv_heads, _) = q.shape, k.shape
+    columns = v.shape[-1] if v is not None else rank
+    of_key_head = heads // kv_heads
+    group = next(n for n in range(min(of_key_head, _MAX_HEADS), 0, -8) if of_key_head % n == 0)
+    stages_bytes = STAGES * POSITIONS * (size + (columns if v is not None else 0)) * q.dtype.itemsize
+    ctas = num_sms() * (2 if stages_bytes <= _SHARED_BYTES else 1)
+    seen = length if sliding_window is None else min(length, sliding_window + POSITIONS - 1)
+    splits = num_splits(batch * (heads // group), seen, ctas)
+    i32, f32 = jnp.int32, jnp.float32
+    by_column = plgpu.Layout.WGMMA.reduce(0)
+    unit = scale * math.log2(math.e)
+    sinks = None if sinks is None else sinks.astype(f32) * math.log2(math.e)
+    caches = [k] if v is None else [k, v]
+    own_sinks = [sinks] if sinks is not None and splits == 1 else []
+
+    def kernel(*refs):
+        q_gmem, *caches_gmem = refs[: 1 + len(caches)]
+        lengths_gmem, *refs = refs[1 + len(caches) :]
+        sinks_gmem, (out_gmem, *refs) = refs[: len(own_sinks)], refs[len(own_sinks) :]
+        of_split, (q_full, full, q_smem, p_smem, *refs) = refs[: len(parts) - 1], refs[len(parts) - 1 :]
+        tiles, out_smem = refs[: len(caches)], refs[len(caches) :]
+        split, sequence, index = lax.axis_index("split"), lax.axis_index("sequence"), lax.axis_index("group")
+        own_heads, key_head = pl.ds(index * group, group), lax.div(index, i32(of_key_head // group))
+        length = lengths_gmem[sequence]
+        start = 0 if sliding_window is None else lax.max(length - sliding_window, i32(0))
+        first, steps = own_tiles(length, split, splits, start)
+
+        def load(step):
+            stage = lax.rem(step, i32(STAGES))
+            positions = pl.ds((first + step) * POSITIONS, POSITIONS)
+            for source, target in zip(caches_gmem, tiles, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[sequence, positions, key_head], target.at[stage], full.at[stage])
+
+        for step in range(STAGES):
+            pl.when(step < steps)(functools.partial(load, i32(step)))
+        plgpu.copy_gmem_to_smem(q_gmem.at[sequence, own_heads], q_smem, q_full)
+        plgpu.barrier_wait(q_full)
+
+        def spread(values, shape):
+            return lax.broadcast_in_dim(values, shape, (1,))
+
+        def product(rows, a, b):
+            def multiply(accumulator):
+                plgpu.wgmma(accumulator, a, b)
+                return accumulator[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((rows, group), f32))
+
+        def tile_body(step, carry):
+            out, largest, sums = carry
+            stage = lax.rem(step, i32(STAGES))
+            plgpu.barrier_wait(full.at[stage])
+            keys = tiles[0].at[stage]
+            values = tiles[-1].at[stage, :, pl.ds(0, columns)]
+            scores = product(POSITIONS, keys, q_smem.T) * unit
+            before = (first + step) * POSITIONS
+            position = plgpu.broadcasted_iota(i32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+            scores = jnp.where(position < length - before, scores, -jnp.inf)
+            if sliding_window is not None:
+                scores = jnp.where(position >= start - before, scores, -jnp.inf)
+            higher = jnp.maximum(largest, jnp.max(scores, axis=0))
+            shrink = jnp.exp2(largest - higher)
+            p = jnp.exp2(scores - spread(higher, scores.shape))
+            p_smem.T[...] = p.astype(q.dtype)
+            plgpu.commit_smem()
+            out = out * spread(shrink, out.shape) + product(columns, values.T, p_smem.T)
+            pl.when(step + STAGES < steps)(lambda: load(step + STAGES))
+            return out, higher, sums * spread(shrink, sums.shape) + p
+
+        def zeros(*shape):
+            return plgpu.layout_cast(jnp.zeros(shape, f32), plgpu.Layout.WGMMA)
+
+        # The first tile of a split holds a position that is seen, so that no score is compared with -inf alone.
+        none = plgpu.layout_cast(jnp.full((group,), -1e30, f32), by_column)
+        out, largest, sums = lax.fori_loop(0, steps, tile_body, (zeros(columns, group), none, zeros(POSITIONS, group)))
+        total = jnp.sum(sums, axis=0)
+        for ref in sinks_gmem:
+            total += jnp.exp2(plgpu.load(ref.at[own_heads], layout=by_column, optimized=False) - largest)
+        if splits == 1:
+            out_smem[0].T[...] = (out * spread(1 / total, out.shape)).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem[0], out_gmem.at[sequence, own_heads])
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            out_gmem[split, sequence, :, own_heads] = out
+            for ref, values in zip(of_split, (largest, total), strict=True):
+                ref[split, sequence, own_heads] = values
+
+    each = (splits, batch, heads)
+    parts = [(splits, batch, columns, heads), each, each] if splits > 1 else [(batch, heads, columns)]
+    memory = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=OPERAND)
+    found = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(shape, f32 if splits > 1 else q.dtype) for shape in parts],
+        scratch_types=[
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=len(caches), num_barriers=STAGES),
+            memory((group, size)),
+            memory((group, POSITIONS)),
+            *(memory((STAGES, POSITIONS, cache.shape[-1])) for cache in caches),
+            *([memory((group, columns))] if splits == 1 else []),
+        ],
+        grid=(splits, batch, heads // group),
+        grid_names=("split", "sequence", "group"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, *caches, lengths, *own_sinks)
+    if splits == 1:
+        return found[0]
+    out, largest, total = found
+    return merged(out.mT, largest, total, sinks).astype(q.dtype)
