@@ -9,6 +9,7 @@ by the largest score that each saw.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -50,7 +51,7 @@ def decode(
     sinks: jax.Array | None = None,
     *,
     scale: float,
-    rank: int | None = None,
+    rank: int = 0,
     sliding_window: int | None = None,
 ) -> jax.Array:
     """Softmax attention in float32 of one query a sequence.
@@ -62,7 +63,7 @@ def decode(
       lengths: `[B]` int32: how many positions of each sequence there are, from 1 to L. Others must be finite.
       sinks: `[heads]`: a score more in each head's softmax, of a key whose value is zero; None: there are none.
       scale: multiplies the scores.
-      rank: without v.
+      rank: how many, without v.
       sliding_window: how many last positions a query sees; None: all. What is before them is not read.
 
     Returns:
@@ -84,11 +85,14 @@ def decode(
     own_sinks = [sinks] if sinks is not None and splits == 1 else []
 
     def kernel(*refs):
-        q_gmem, *caches_gmem = refs[: 1 + len(caches)]
-        lengths_gmem, *refs = refs[1 + len(caches) :]
-        sinks_gmem, (out_gmem, *refs) = refs[: len(own_sinks)], refs[len(own_sinks) :]
-        of_split, (q_full, full, q_smem, p_smem, *refs) = refs[: len(parts) - 1], refs[len(parts) - 1 :]
-        tiles, out_smem = refs[: len(caches)], refs[len(caches) :]
+        left = iter(refs)
+
+        def take(number):
+            return list(itertools.islice(left, number))
+
+        (q_gmem,), caches_gmem, (lengths_gmem,), sinks_gmem = map(take, (1, len(caches), 1, len(own_sinks)))
+        (out_gmem,), of_split = map(take, (1, len(parts) - 1))
+        (q_full, full, q_smem, p_smem), tiles, out_smem = map(take, (4, len(caches), splits == 1))
         split, sequence, index = lax.axis_index("split"), lax.axis_index("sequence"), lax.axis_index("group")
         own_heads, key_head = pl.ds(index * group, group), lax.div(index, i32(of_key_head // group))
         length = lengths_gmem[sequence]

@@ -124,4 +124,4 @@ def rotate_into_cache(
         *(scales or ()),
         *caches,
     )
-    return q, *(jax.freeze(cache) for cache in caches)
+    return q, jax.freeze(caches[0]), jax.freeze(caches[1])

@@ -44,8 +44,8 @@ def choose(
     f32, i32 = jnp.float32, jnp.int32
 
     def kernel(logits_gmem, *refs):
-        *refs, weights_gmem, ids_gmem = refs
-        bias_gmem, mask_gmem = refs[: len(biases)], refs[len(biases) :]
+        *vectors, weights_gmem, ids_gmem = refs
+        bias_gmem, mask_gmem = vectors[: len(biases)], vectors[len(biases) :]
         here = pl.ds(lax.axis_index("block") * _TOKENS, _TOKENS)
         scores = left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
         for ref in bias_gmem:
