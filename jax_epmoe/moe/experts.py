@@ -98,9 +98,15 @@ def run_experts(
 
     if _is_one_chunk(plan, chunk_rows):
         return run_chunk(_whole(plan), base, tokens.dtype)
-    start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base.astype(jnp.float32)
-    out = _over_chunks(plan, chunk_rows, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
-    return out.astype(tokens.dtype)
+
+    def run_chunks() -> jax.Array:
+        start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base.astype(jnp.float32)
+        out = _over_chunks(plan, chunk_rows, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
+        return out.astype(tokens.dtype)
+
+    # As a rule a device's rows are one chunk, and then nothing but the result is written for every token.
+    chunk_at, count = _chunks(plan, chunk_rows)
+    return jax.lax.cond(count > 1, run_chunks, lambda: run_chunk(chunk_at(0), base, tokens.dtype))
 
 
 def _products(
@@ -218,19 +224,25 @@ def _whole(plan: Plan) -> _Chunk:
     return _Chunk(plan.row_pair, plan.row_pair // plan.pair_row.shape[1], plan.group_sizes, plan.pair_row)
 
 
-def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[[_Chunk, Carry], Carry], carry: Carry) -> Carry:
-    """`carry = step(chunk, carry)` for all chunks that hold rows."""
+def _chunks(plan: Plan, chunk_rows: int) -> tuple[Callable[[jax.Array | int], _Chunk], jax.Array]:
+    """The chunk of an index, and how many hold rows."""
     top_k = plan.pair_row.shape[1]
     row_pair = jnp.pad(plan.row_pair, (0, -plan.row_pair.shape[0] % chunk_rows))
     ends = jnp.cumsum(plan.group_sizes)
     starts = ends - plan.group_sizes
 
-    def body(index, carry):
+    def chunk_at(index: jax.Array | int) -> _Chunk:
         first = index * chunk_rows
         own_pairs = jax.lax.dynamic_slice_in_dim(row_pair, first, chunk_rows)
         sizes = jnp.clip(ends, first, first + chunk_rows) - jnp.clip(starts, first, first + chunk_rows)
         inside = (plan.pair_row >= first) & (plan.pair_row < first + chunk_rows)
         pair_row = jnp.where(inside, plan.pair_row - first, chunk_rows)
-        return step(_Chunk(own_pairs, own_pairs // top_k, sizes, pair_row), carry)
+        return _Chunk(own_pairs, own_pairs // top_k, sizes, pair_row)
 
-    return jax.lax.fori_loop(0, (ends[-1] + chunk_rows - 1) // chunk_rows, body, carry)
+    return chunk_at, (ends[-1] + chunk_rows - 1) // chunk_rows
+
+
+def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[[_Chunk, Carry], Carry], carry: Carry) -> Carry:
+    """`carry = step(chunk, carry)` for all chunks that hold rows."""
+    chunk_at, count = _chunks(plan, chunk_rows)
+    return jax.lax.fori_loop(0, count, lambda index, carry: step(chunk_at(index), carry), carry)
