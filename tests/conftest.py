@@ -17,7 +17,7 @@ else:  # trying ways to multiply takes longer than to run one of them once
 # Of these tests `make test` runs every n-th case (0: none) or the cases that are named, `make test-slow` all.
 THINNED: dict[str, int | tuple[str, ...]] = {
     "bench/test_bench_decode_step.py::test_a_quantised_experts_bytes_are_those_of_its_values_and_scales": 0,
-    "bench/test_bench_decode_step.py::test_every_sequence_runs_in_every_step_that_is_measured": 0,
+    "bench/test_bench_decode_step.py::test_every_call_is_the_same_and_ends_with_the_context": 0,
     "bench/test_bench_moe_layer.py::test_a_quantised_run_writes_right_numbers_and_its_format": 0,
     "bench/test_bench_moe_layer.py::test_a_run_writes_right_numbers_and_shows_them": 0,
     "bench/test_bench_moe_layer.py::test_a_second_run_adds_what_the_first_left_out": 0,
@@ -26,6 +26,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
     "generate/test_generate_cli.py::test_a_converted_checkpoint_says_on_a_mesh_what_transformers_says": 3,
     "generate/test_llm.py::test_random_weights_need_only_a_config": 0,
     "generate/test_scoring.py::test_scores_are_those_of_whole_sequence_logits": 4,
+    "kernels/test_decode_hopper.py::test_it_attends_as_the_definition": 2,
     "kernels/test_grouped_gemm.py::TestXla::test_gradients_equal_the_dense_definition": 8,
     "kernels/test_grouped_gemm.py::TestXla::test_gradients_where_out_dtype_is_wider": 2,
     "kernels/test_grouped_gemm.py::TestXla::test_odd_sizes": 3,
@@ -45,6 +46,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
     "kernels/test_hopper_outer.py::test_it_computes_the_definition_without_races": 5,
     "kernels/test_mla_hopper.py::test_it_is_a_softmax_over_each_sequences_own_positions": 2,
     "kernels/test_quantize_hopper.py::test_it_quantises_the_rows_that_there_are_bit_for_bit": 3,
+    "kernels/test_rope_hopper.py::test_it_does_what_attention_does": 2,
     "kernels/test_route_hopper.py::test_it_chooses_as_the_layer_does": 6,
     "kernels/test_rows.py::test_the_hopper_kernel_sums_as_the_definition": 3,
     "kernels/test_schedule.py::test_a_single_group_s_tiles_need_no_kernel": 3,

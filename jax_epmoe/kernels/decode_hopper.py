@@ -92,7 +92,7 @@ def decode(
 
         (q_gmem,), caches_gmem, (lengths_gmem,), sinks_gmem = map(take, (1, len(caches), 1, len(own_sinks)))
         (out_gmem,), of_split = map(take, (1, len(parts) - 1))
-        (q_full, full, q_smem, p_smem), tiles, out_smem = map(take, (4, len(caches), splits == 1))
+        (q_full, full, q_smem, p_smem), tiles, out_smem = map(take, (4, len(caches), int(splits == 1)))
         split, sequence, index = lax.axis_index("split"), lax.axis_index("sequence"), lax.axis_index("group")
         own_heads, key_head = pl.ds(index * group, group), lax.div(index, i32(of_key_head // group))
         length = lengths_gmem[sequence]

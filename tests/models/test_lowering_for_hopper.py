@@ -10,7 +10,7 @@ from flax import nnx
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
 from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from jax_epmoe.kernels import quantize, rows
+from jax_epmoe.kernels import decode_hopper, quantize, rows
 from jax_epmoe.kernels.grouped_gemm import hopper, hopper_fp8
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.models import attention
@@ -166,3 +166,25 @@ def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():
         assert program.count("custom_call @mosaic_gpu") >= least
         assert "stablehlo.while" not in program, "some product was left to the definition in XLA"
         assert "@choose(" in program
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "qk_norm", "has_rope_kernel", "has_decode_kernel"),
+    [(4, "head", True, True), (4, "full", False, True), (16, None, True, False), (2, "head", False, True)],
+)
+def test_a_token_s_attention_is_two_kernels_where_they_serve_it(
+    kv_heads, qk_norm, has_rope_kernel, has_decode_kernel, monkeypatch
+):
+    monkeypatch.setattr(decode_hopper, "num_sms", lambda: 132)
+    config = GQAConfig(num_heads=32, num_kv_heads=kv_heads, head_dim=64, qk_norm=qk_norm)
+    new = {"mesh": make_mesh(), "dtype": jnp.bfloat16}
+    module = nnx.eval_shape(lambda: attention.GQA(config, GQA.rope, 256, 1e-6, rngs=nnx.Rngs(0), **new))
+    graphdef, state = nnx.split(module)
+    x, table = jax.ShapeDtypeStruct((4, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4, 1, 32), jnp.float32)
+    positions, cache = jax.ShapeDtypeStruct((4, 1), jnp.int32), module.abstract_cache(4, 64, jnp.bfloat16)
+    run = jax.jit(lambda state, x, table, at, cache: nnx.merge(graphdef, state)(x, (table, table), at, cache))
+    program = run.trace(state, x, table, positions, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("call @rotate_into_cache(" in program) == has_rope_kernel
+    assert ("stablehlo.scatter" in program) != has_rope_kernel
+    assert ("call @decode(" in program) == has_decode_kernel
+    assert ("fmha" in program) != has_decode_kernel
