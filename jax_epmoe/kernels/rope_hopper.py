@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_HEADS, _LANES = 4, 32  # of a warpgroup: a head a warp
+from jax_epmoe.kernels.warp_rows import HEIGHT, LANES, ROWS, spread
+
 _MAX_HALF = 256
-# A head lies in one warp: what is summed over its columns never leaves it.
-_ROWS = plgpu.Layout.TILED(Tiling(((_HEADS, _LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 Table = tuple[jax.Array, jax.Array]
 
@@ -23,8 +21,8 @@ def serves(q: jax.Array, k: jax.Array, table: Table, cache: jax.Array) -> bool:
     return (
         q.dtype == k.dtype == jnp.float32
         and cache.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[1] % _HEADS == k.shape[1] % _HEADS == 0
-        and half % _LANES == 0
+        and q.shape[1] % HEIGHT == k.shape[1] % HEIGHT == 0
+        and half % LANES == 0
         and half <= _MAX_HALF
         and table[0].shape[-1] == half
         and q.size > 0
@@ -61,7 +59,7 @@ def rotate_into_cache(
     """
     batch, heads, dim = q.shape
     length, half = k_cache.shape[1], dim // 2
-    q_groups, kv_groups = heads // _HEADS, k.shape[1] // _HEADS
+    q_groups, kv_groups = heads // HEIGHT, k.shape[1] // HEIGHT
     halves = pl.ds(0, half), pl.ds(half, half)
 
     def kernel(x_gmem, cos_gmem, sin_gmem, positions_gmem, *refs):
@@ -72,19 +70,16 @@ def rotate_into_cache(
         def load(ref, layout):
             return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
-        def along(values, axis):
-            return plgpu.layout_cast(lax.broadcast_in_dim(values, (_HEADS, half), (axis,)), _ROWS)
-
         def columns(ref):
-            return along(load(ref, _ROWS.reduce(0)), 1)
+            return spread(load(ref, ROWS.reduce(0)), (HEIGHT, half), 1)
 
-        x = [load(x_gmem.at[sequence, pl.ds(group * _HEADS, _HEADS), part], _ROWS) for part in halves]
+        x = [load(x_gmem.at[sequence, pl.ds(group * HEIGHT, HEIGHT), part], ROWS) for part in halves]
 
         def rotated(scale_gmem):
             first, second = x
             if scale_gmem is not None:
                 squares = jnp.sum(first * first, axis=1) + jnp.sum(second * second, axis=1)
-                norm = along(lax.rsqrt(squares / dim + eps), 0)
+                norm = spread(lax.rsqrt(squares / dim + eps), first.shape, 0)
                 first, second = (
                     value * norm * columns(scale_gmem.at[part]) for value, part in zip(x, halves, strict=True)
                 )
@@ -93,7 +88,7 @@ def rotate_into_cache(
 
         def store(ref, group, values):
             for part, value in zip(halves, values, strict=True):
-                ref[pl.ds(group * _HEADS, _HEADS), part] = value.astype(ref.dtype)
+                ref[pl.ds(group * HEIGHT, HEIGHT), part] = value.astype(ref.dtype)
 
         q_scale, k_scale = scales_gmem or (None, None)
         k_group, v_group = group - q_groups, group - q_groups - kv_groups

@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.config import MoEConfig
+from jax_epmoe.kernels.warp_rows import HEIGHT, LANES, ROWS, spread
 
-_TOKENS, _LANES = 4, 32  # of a warpgroup: a token a warp
 _MAX_EXPERTS = 1024  # 32 a lane
-# A row lies in one warp: what is reduced over its columns never leaves it.
-_ROWS = plgpu.Layout.TILED(Tiling(((_TOKENS, _LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def serves(logits: jax.Array) -> bool:
@@ -40,28 +37,28 @@ def choose(
       of tokens that do not count are E.
     """
     tokens, experts = logits.shape
-    padding = -tokens % _TOKENS, -experts % _LANES
+    padding = -tokens % HEIGHT, -experts % LANES
     f32, i32 = jnp.float32, jnp.int32
 
     def kernel(logits_gmem, *refs):
         *vectors, weights_gmem, ids_gmem = refs
         bias_gmem, mask_gmem = vectors[: len(biases)], vectors[len(biases) :]
-        here = pl.ds(lax.axis_index("block") * _TOKENS, _TOKENS)
-        scores = left = _scores(plgpu.load(logits_gmem.at[here], layout=_ROWS, optimized=False), config.scoring)
+        here = pl.ds(lax.axis_index("block") * HEIGHT, HEIGHT)
+        scores = left = _scores(plgpu.load(logits_gmem.at[here], layout=ROWS, optimized=False), config.scoring)
         for ref in bias_gmem:
-            bias = plgpu.load(ref, layout=_ROWS.reduce(0), optimized=False)
-            left += plgpu.layout_cast(lax.broadcast_in_dim(bias, left.shape, (1,)), _ROWS)
+            bias = plgpu.load(ref, layout=ROWS.reduce(0), optimized=False)
+            left += spread(bias, left.shape, 1)
         # Negative, so that the first of several columns is the largest; float32 holds them exactly.
-        number = -plgpu.broadcasted_iota(i32, left.shape, 1, layout=_ROWS).astype(f32)
+        number = -plgpu.broadcasted_iota(i32, left.shape, 1, layout=ROWS).astype(f32)
         if padding[1]:
             left = jnp.where(number > -experts, left, -jnp.inf)
         if config.n_group > 1:
             left = _without_other_groups(left, number, config)
-        counts = [plgpu.load(ref.at[here], layout=_ROWS.reduce(1), optimized=False) > 0 for ref in mask_gmem]
+        counts = [plgpu.load(ref.at[here], layout=ROWS.reduce(1), optimized=False) > 0 for ref in mask_gmem]
         weights = []
         for place in range(config.top_k):
             best, first = _best(left, number)
-            chosen = number == _spread(first, left)
+            chosen = number == spread(first, left.shape, 0)
             weights.append(jnp.max(jnp.where(chosen, scores, -jnp.inf), axis=1) if bias_gmem else best)
             own_ids = (-first).astype(i32)
             ids_gmem[here, place] = jnp.where(counts[0], own_ids, experts) if counts else own_ids
@@ -78,7 +75,7 @@ def choose(
     weights, ids = plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(shape, f32), jax.ShapeDtypeStruct(shape, i32)),
-        grid=(shape[0] // _TOKENS,),
+        grid=(shape[0] // HEIGHT,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # there is no shared memory
     )(
@@ -89,28 +86,24 @@ def choose(
     return weights[:tokens], ids[:tokens]
 
 
-def _spread(values: jax.Array, like: jax.Array) -> jax.Array:
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, like.shape, (0,)), _ROWS)
-
-
 def _scores(logits: jax.Array, scoring: str) -> jax.Array:
     if scoring == "sigmoid":
         return 1 / (1 + jnp.exp(-logits))
-    powers = jnp.exp(logits - _spread(jnp.max(logits, axis=1), logits))
-    return powers * _spread(1 / jnp.sum(powers, axis=1), logits)
+    powers = jnp.exp(logits - spread(jnp.max(logits, axis=1), logits.shape, 0))
+    return powers * spread(1 / jnp.sum(powers, axis=1), logits.shape, 0)
 
 
 def _best(left: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each row's largest value, and the `number` of the first column that has it."""
     best = jnp.max(left, axis=1)
-    return best, jnp.max(jnp.where(left == _spread(best, left), number, -jnp.inf), axis=1)
+    return best, jnp.max(jnp.where(left == spread(best, left.shape, 0), number, -jnp.inf), axis=1)
 
 
 def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig) -> jax.Array:
     """-inf for what is not in one of the `topk_group` best groups; of equal groups the first counts."""
     size = config.num_experts // config.n_group
     spans = [slice(i * size, (i + 1) * size) for i in range(config.n_group)]
-    apart = size % _LANES == 0  # a lane then holds columns of one group side by side
+    apart = size % LANES == 0  # a lane then holds columns of one group side by side
     inside = [(number <= -span.start) & (number > -span.stop) for span in spans]
     scores = []
     for span, own in zip(spans, inside, strict=True):
@@ -118,7 +111,7 @@ def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig)
         own_number = number[:, span] if apart else number
         score, first = _best(group, own_number)
         if config.group_score == "top2_sum":
-            score += jnp.max(jnp.where(own_number == _spread(first, group), -jnp.inf, group), axis=1)
+            score += jnp.max(jnp.where(own_number == spread(first, group.shape, 0), -jnp.inf, group), axis=1)
         scores.append(score)
     costs = []
     for i, score in enumerate(scores):
@@ -129,8 +122,8 @@ def _without_other_groups(left: jax.Array, number: jax.Array, config: MoEConfig)
     if apart:
         groups = [left[:, span] for span in spans]
         return jnp.concatenate(
-            [group + _spread(cost, group) for group, cost in zip(groups, costs, strict=True)], axis=1
+            [group + spread(cost, group.shape, 0) for group, cost in zip(groups, costs, strict=True)], axis=1
         )
     for own, cost in zip(inside, costs, strict=True):
-        left = jnp.where(own, left + _spread(cost, left), left)
+        left = jnp.where(own, left + spread(cost, left.shape, 0), left)
     return left

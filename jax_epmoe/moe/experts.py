@@ -99,14 +99,15 @@ def run_experts(
     if _is_one_chunk(plan, chunk_rows):
         return run_chunk(_whole(plan), base, tokens.dtype)
 
+    chunks = _chunks(plan, chunk_rows)
+
     def run_chunks() -> jax.Array:
         start = jnp.zeros(tokens.shape, jnp.float32) if base is None else base.astype(jnp.float32)
-        out = _over_chunks(plan, chunk_rows, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
+        out = _over_chunks(chunks, lambda chunk, out: run_chunk(chunk, out, out.dtype), start)
         return out.astype(tokens.dtype)
 
     # As a rule a device's rows are one chunk, and then nothing but the result is written for every token.
-    chunk_at, count = _chunks(plan, chunk_rows)
-    return jax.lax.cond(count > 1, run_chunks, lambda: run_chunk(chunk_at(0), base, tokens.dtype))
+    return jax.lax.cond(chunks.number > 1, run_chunks, lambda: run_chunk(chunks.at(0), base, tokens.dtype))
 
 
 def _products(
@@ -201,7 +202,7 @@ def _backward(activation, backend, chunk_rows, expected_rows, saved, d_out):
     if _is_one_chunk(plan, chunk_rows):
         sums = add_chunk(_whole(plan), sums)
     else:
-        sums = _over_chunks(plan, chunk_rows, add_chunk, sums)
+        sums = _over_chunks(_chunks(plan, chunk_rows), add_chunk, sums)
     *gradients, d_biases = jax.tree.map(lambda total, value: total.astype(value.dtype), sums, inputs)
     d_base = None if like_base is None else d_out.astype(like_base.dtype)
     return *gradients, None, d_base, d_biases
@@ -224,8 +225,12 @@ def _whole(plan: Plan) -> _Chunk:
     return _Chunk(plan.row_pair, plan.row_pair // plan.pair_row.shape[1], plan.group_sizes, plan.pair_row)
 
 
-def _chunks(plan: Plan, chunk_rows: int) -> tuple[Callable[[jax.Array | int], _Chunk], jax.Array]:
-    """The chunk of an index, and how many hold rows."""
+class _Chunks(NamedTuple):
+    at: Callable[[jax.Array | int], _Chunk]
+    number: jax.Array  # of those that hold rows, int32
+
+
+def _chunks(plan: Plan, chunk_rows: int) -> _Chunks:
     top_k = plan.pair_row.shape[1]
     row_pair = jnp.pad(plan.row_pair, (0, -plan.row_pair.shape[0] % chunk_rows))
     ends = jnp.cumsum(plan.group_sizes)
@@ -239,10 +244,9 @@ def _chunks(plan: Plan, chunk_rows: int) -> tuple[Callable[[jax.Array | int], _C
         pair_row = jnp.where(inside, plan.pair_row - first, chunk_rows)
         return _Chunk(own_pairs, own_pairs // top_k, sizes, pair_row)
 
-    return chunk_at, (ends[-1] + chunk_rows - 1) // chunk_rows
+    return _Chunks(chunk_at, (ends[-1] + chunk_rows - 1) // chunk_rows)
 
 
-def _over_chunks[Carry](plan: Plan, chunk_rows: int, step: Callable[[_Chunk, Carry], Carry], carry: Carry) -> Carry:
+def _over_chunks[Carry](chunks: _Chunks, step: Callable[[_Chunk, Carry], Carry], carry: Carry) -> Carry:
     """`carry = step(chunk, carry)` for all chunks that hold rows."""
-    chunk_at, count = _chunks(plan, chunk_rows)
-    return jax.lax.fori_loop(0, count, lambda index, carry: step(chunk_at(index), carry), carry)
+    return jax.lax.fori_loop(0, chunks.number, lambda index, carry: step(chunks.at(index), carry), carry)
