@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -35,6 +36,8 @@ from jax_epmoe.generate.programs import Call, Made, Programs, Slots, pack
 from jax_epmoe.generate.sampling import SamplingParams
 from jax_epmoe.generate.scheduler import Prefill, PrefillRow, Running
 from jax_epmoe.models.decoder import Decoder
+from jax_epmoe.models.kv_cache import KV_CACHE_DTYPES
+from jax_epmoe.quant import FP8
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MODELS = ("olmoe-1b-7b", "deepseek-v2-lite", "qwen3-30b-a3b")
@@ -60,6 +63,7 @@ def _arguments() -> argparse.Namespace:
         "--num-continuous-decode-steps", type=int, default=1, metavar="N", help="steps a call (default 1)"
     )
     parser.add_argument("--quantize", choices=roofline.QUANTIZATIONS, help="the weights' format; default: bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="as epmoe-generate's")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=420, help="start no model after")
     parser.add_argument("--output", type=Path, help="default: a file in bench/results/ named after the device")
     args = parser.parse_args()
@@ -73,9 +77,16 @@ def _arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + args.time_limit
-    output = args.output or result_path("-".join(filter(None, ["decode_step", args.quantize])))
+    cached = None if args.kv_cache_dtype == "auto" else f"{args.kv_cache_dtype}-cache"
+    output = args.output or result_path("-".join(filter(None, ["decode_step", args.quantize, cached])))
     result: dict[str, Any] = {"format": 1, **environment(), "peer_versions": {}, "ceilings": ceilings_here()}
-    result |= {"quantize": args.quantize, "batch_size": args.batch_size, "context": args.context, "models": []}
+    result |= {
+        "quantize": args.quantize,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "batch_size": args.batch_size,
+        "context": args.context,
+        "models": [],
+    }
     result["num_continuous_decode_steps"] = args.num_continuous_decode_steps
     for folder in tqdm(args.models, desc="models"):
         if time.monotonic() > deadline:
@@ -83,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
             break
         try:
             steps, copy_gbs = args.num_continuous_decode_steps, result["ceilings"]["copy_gbs"]
-            seen = measure(folder, args.quantize, args.batch_size, args.context, steps, copy_gbs)
+            seen = measure(folder, args.quantize, args.batch_size, args.context, steps, args.kv_cache_dtype, copy_gbs)
         except Exception as error:  # memory: the next model may fit
             seen = failure(error)
         gc.collect()
@@ -99,10 +110,16 @@ def ceilings_here() -> dict[str, Any]:
 class Step:
     """A decode call of `steps` steps, the last of which is at the end of the context; every call is the same."""
 
-    def __init__(self, model: Decoder, batch_size: int, context: int, steps: int) -> None:
+    def __init__(self, model: Decoder, batch_size: int, context: int, steps: int, kv_cache_dtype: str = "auto") -> None:
         new = steps + 1  # the first new token comes with the prompt
         start = context - new
-        engine = Engine(model, max_batch_size=batch_size, context_length=context, num_continuous_decode_steps=steps)
+        engine = Engine(
+            model,
+            max_batch_size=batch_size,
+            context_length=context,
+            num_continuous_decode_steps=steps,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         random = np.random.default_rng(0)
         prompts = random.integers(0, model.config.vocab_size, (batch_size, start)).tolist()
         requests = engine.requests(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
@@ -117,9 +134,9 @@ class Step:
         call = Call("decode", length=steps)
         lowered = programs.lower(shapes, call)
         self.program, self.profiled = lowered.compile(), lowered.compile(scopes.ONE_BY_ONE)
-        self._counting = Programs(model, "auto", with_load=True).lower(shapes, call)
+        self._counting = Programs(model, kv_cache_dtype, with_load=True).lower(shapes, call)
         self._weights = programs.weights
-        self.cache = jax.tree.map(_random_like, model.init_cache(shapes.slots, shapes.cache_length))
+        self.cache = jax.tree.map(_random_like, programs.init_cache(shapes.slots, shapes.cache_length))
         self.positions_read = start + (steps + 1) / 2
 
     def run(self, program: Callable) -> Made:
@@ -132,21 +149,25 @@ class Step:
 
 
 def _random_like(zeros: jax.Array) -> jax.Array:
-    draw = jax.jit(
-        lambda a: jax.random.normal(jax.random.key(0, impl="rbg"), a.shape, a.dtype),
-        donate_argnums=0,
-        out_shardings=zeros.sharding,
-    )
-    return draw(zeros)
+    """Normally distributed; of bytes, which are float8, and of float32, which are their scales, what those may be."""
+
+    def draw(like: jax.Array) -> jax.Array:
+        dtype = jnp.bfloat16 if like.dtype == jnp.uint8 else like.dtype
+        values = jax.random.normal(jax.random.key(0, impl="rbg"), like.shape, dtype)
+        if like.dtype == jnp.uint8:
+            return jax.lax.bitcast_convert_type(values.astype(FP8), jnp.uint8)
+        return jnp.abs(values) if dtype == jnp.float32 else values
+
+    return jax.jit(draw, donate_argnums=0, out_shardings=zeros.sharding)(zeros)
 
 
 def measure(
-    folder: Path, quantize: str | None, batch_size: int, context: int, steps: int, copy_gbs: float
+    folder: Path, quantize: str | None, batch_size: int, context: int, steps: int, kv_cache_dtype: str, copy_gbs: float
 ) -> dict[str, Any]:
     """One model's times and what they should be, in microseconds; its weights are gone when this returns."""
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype=DTYPE, quantization=quantize)
     started = time.perf_counter()
-    step = Step(model, batch_size, context, steps)
+    step = Step(model, batch_size, context, steps, kv_cache_dtype)
     compile_seconds = time.perf_counter() - started
     run, profiled = (partial(step.run, program) for program in (step.program, step.profiled))
     timed = scopes.measure(

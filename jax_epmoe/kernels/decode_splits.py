@@ -1,5 +1,7 @@
 """What decode's attention kernels share: tiles of a sequence's positions, dealt over CTAs whose parts are merged."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,7 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 POSITIONS = 64  # of a tile
 STAGES = 2
-OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+
+
+def operand(columns: int, dtype: jax.typing.DTypeLike) -> tuple[Any, Any]:
+    """How rows of `columns` numbers lie in shared memory for wgmma."""
+    itemsize = jnp.dtype(dtype).itemsize
+    row = min(128, columns * itemsize)  # bytes
+    return (plgpu.TilingTransform((8, row // itemsize)), plgpu.SwizzleTransform(row))  # type: ignore[abstract]
 
 
 def num_splits(parts: int, length: int, num_ctas: int) -> int:

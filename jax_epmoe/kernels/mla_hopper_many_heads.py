@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_epmoe.kernels.decode_splits import OPERAND, POSITIONS, STAGES, own_tiles
+from jax_epmoe.kernels.decode_splits import POSITIONS, STAGES, operand, own_tiles
 
 HEADS = 64  # of a CTA
 _CONSUMERS = 2
@@ -125,8 +125,8 @@ def run(
         kernel,
         out_type=(jax.ShapeDtypeStruct((batch, heads, rank), q.dtype),) if splits == 1 else part,
         scratch_types=[
-            plgpu.SMEM((HEADS, size), q.dtype, transforms=OPERAND),
-            plgpu.SMEM((STAGES, POSITIONS, size), q.dtype, transforms=OPERAND),
+            plgpu.SMEM((HEADS, size), q.dtype, transforms=operand(size, q.dtype)),
+            plgpu.SMEM((STAGES, POSITIONS, size), q.dtype, transforms=operand(size, q.dtype)),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=STAGES),

@@ -23,7 +23,7 @@ from jax_epmoe.kernels.device import compute_capability, on_hopper
 from jax_epmoe.mesh import ALL_AXES, DATA, TP_AXES, axes_size
 from jax_epmoe.models import kv_cache
 from jax_epmoe.models.blocks import RMSNorm, rotate, tokens_spec
-from jax_epmoe.models.kv_cache import Cache
+from jax_epmoe.models.kv_cache import Cache, Cached, Float8Vectors
 from jax_epmoe.moe.gated_mlp import linear
 from jax_epmoe.parameters import parameter, run_on_shards
 from jax_epmoe.quant import FP8
@@ -37,8 +37,8 @@ _SCORES_BYTES = 2**28
 
 def causal_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Cached,
+    v: Cached,
     positions: jax.Array,
     scale: float,
     *,
@@ -49,14 +49,19 @@ def causal_attention(
     """`attend`, through our kernel or cuDNN where one serves the call.
 
     Args:
+      k, v: as `attend`'s, or in float8 as a cache has them, which our kernel reads as they are; all else makes them 16 bits wide.
       positions: of the queries, `[B, S]`.
       cached: keys stand at positions 0 to L - 1; else at the queries' own, which rise by one, and S = L.
       sinks: as `attend`'s. cuDNN knows none: what it computes is scaled, by what a sink would have left to the keys.
     """
-    (batch, length, _, dim), num_keys = q.shape, k.shape[1]
-    if cached and length == 1 and on_hopper() and decode_hopper.serves(q[:, 0], k, v):
+    (keys, k_scales), (values, v_scales) = kv_cache.stored(k), kv_cache.stored(v)
+    (batch, length, _, dim), num_keys = q.shape, keys.shape[1]
+    if cached and length == 1 and on_hopper() and decode_hopper.serves(q[:, 0], keys, values):
         lengths = jnp.minimum(positions[:, 0] + 1, num_keys)
-        return decode_hopper.decode(q[:, 0], k, v, lengths, sinks, scale=scale, sliding_window=sliding_window)[:, None]
+        scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
+        decode = partial(decode_hopper.decode, scale=scale, sliding_window=sliding_window)
+        return decode(q[:, 0], keys, values, lengths, sinks, scales)[:, None]
+    k, v = kv_cache.read(k, q.dtype), kv_cache.read(v, q.dtype)
     key_positions = _key_positions(batch, num_keys) if cached else positions
     masked = cached and (length > 1 or sliding_window is not None)
     if not (
@@ -345,13 +350,13 @@ class GQA(Attention):
             v += self._own_heads(self.v_bias[...])
         cached, window = cache is not None and not is_start, self.config.sliding_window
         if cached and self._is_one_kernel(q, k, rope, cache, x.dtype):
-            q, cache = self._rotate_into_cache(q, k, v, rope, positions, cache)
+            q, cache = self._rotate_into_cache(q, k, v, rope, positions, cache, x.dtype)
         else:
             q, k, v = self._rotated(q, k, v, rope, x.dtype)
             if cache is not None:
                 cache = kv_cache.write(cache[0], k, positions), kv_cache.write(cache[1], v, positions)
         if cached:
-            k, v = (kv_cache.read(array, x.dtype) for array in cache)
+            k, v = cache
         sinks = self.sinks[...] if self.config.sinks else None
         out = causal_attention(q, k, v, positions, self.scale, cached=cached, sliding_window=window, sinks=sinks)
         out = self._output(out)
@@ -377,22 +382,23 @@ class GQA(Attention):
             and self.config.qk_norm in (None, "head")
             and self.config.clip_qkv is None
             and not self.interleaved
-            and isinstance(cache[0], jax.Array)
-            and cache[0].dtype == dtype
-            and rope_hopper.serves(q[:, 0], k[:, 0], rope, cache[0])
+            and rope_hopper.serves(q[:, 0], k[:, 0], rope, kv_cache.stored(cache[0])[0], dtype)
         )
 
-    def _rotate_into_cache(self, q, k, v, rope, positions, cache):
+    def _rotate_into_cache(self, q, k, v, rope, positions, cache, dtype):
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else ()
-        q, *cache = rope_hopper.rotate_into_cache(
+        values, scales = zip(*map(kv_cache.stored, cache), strict=True)
+        in_float8 = isinstance(cache[0], Float8Vectors)
+        q, new = rope_hopper.rotate_into_cache(
             *(a[:, 0] for a in (q, k, v)),
             tuple(a[:, 0] for a in rope),
             positions[:, 0],
-            *cache,
+            (*values, *scales) if in_float8 else values,
             tuple(norm.scale[...] for norm in norms) or None,
             eps=norms[0].eps if norms else 0.0,
+            dtype=dtype,
         )
-        return q[:, None], tuple(cache)
+        return q[:, None], tuple(map(Float8Vectors, new[:2], new[2:])) if in_float8 else new
 
     def _own_heads[KV: (jax.Array, nnx.Param, DenseWeights)](self, kv: KV) -> KV | jax.Array:
         """This device's KV heads `[local kv heads, ...]`: its shard as it is, or of all heads the one that its query heads read."""

@@ -79,6 +79,11 @@ def _scatter(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Arr
     return cached.at[sequence, positions].set(new, mode="drop")
 
 
+def stored(cached: Cached) -> tuple[jax.Array, jax.Array | None]:
+    """The values as they lie in memory, and their scales, if it has any."""
+    return (cached.data, cached.scales) if isinstance(cached, Float8Vectors) else (cached, None)
+
+
 def read(cached: Cached, dtype: jax.typing.DTypeLike) -> jax.Array:
     """All that is cached `[B, L, ...]`, in `dtype` if it was float8: the size of one layer's cache in that dtype."""
     if not isinstance(cached, Float8Vectors):

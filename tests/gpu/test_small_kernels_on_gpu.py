@@ -1,14 +1,17 @@
 """The kernels around the grouped GEMM, on a Hopper GPU, against their definitions: rows, top-k, attention."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import test_rope_hopper, test_route_hopper
+from kernels import test_decode_hopper, test_rope_hopper, test_route_hopper
 
 from jax_epmoe.config import MoEConfig
 from jax_epmoe.kernels import decode_hopper, device, mla_hopper, rope_hopper, route_hopper, rows, rows_hopper
-from jax_epmoe.models import attention
+from jax_epmoe.models import attention, kv_cache
 from jax_epmoe.moe import router
 from jax_epmoe.moe.plan import make_plan
 
@@ -123,14 +126,37 @@ def test_grouped_query_attention_of_a_token(batch, heads, kv_heads, dim, length,
     assert bool(jnp.all(got == again))
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("sliding_window", [None, 128])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim", "length"),
+    [(64, 32, 4, 128, 1024), (1, 64, 4, 128, 4992), (7, 64, 8, 64, 768), (300, 16, 2, 64, 128)],
+)
+def test_a_token_attends_to_a_float8_cache(batch, heads, kv_heads, dim, length, sliding_window, with_sinks):
+    q, k, v, sinks = test_decode_hopper.inputs(batch, heads, kv_heads, dim, length, jnp.bfloat16, fp8=True)
+    sinks = sinks if with_sinks else None
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+    written = jnp.arange(length)[:, None] < lengths[:, None, None]
+    k, v = (dataclasses.replace(a, scales=jnp.where(written, a.scales, 0)) for a in (k, v))
+    decode = functools.partial(decode_hopper.decode, scale=0.1, sliding_window=sliding_window)
+    got, again = (decode(q, k.data, v.data, lengths, sinks, (k.scales, v.scales)) for _ in range(2))
+    q, k, v = q[:, None].astype(jnp.float32), kv_cache.read(k, jnp.float32), kv_cache.read(v, jnp.float32)
+    places = attention._key_positions(batch, length)
+    expected = attention.attend(q, k, v, lengths[:, None] - 1, places, 0.1, sliding_window, sinks)
+    assert relative_error(got, expected[:, 0]) < 5e-3
+    assert bool(jnp.all(got == again))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "float8"])
 @pytest.mark.parametrize("with_norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 128), (64, 8, 64), (16, 16, 128), (4, 4, 512)])
-def test_what_lies_before_a_tokens_attention(heads, kv_heads, dim, with_norm):
-    arrays = test_rope_hopper.inputs(heads, kv_heads, dim, jnp.bfloat16, with_norm, batch=64, length=100)
-    got = rope_hopper.rotate_into_cache(*arrays, test_rope_hopper.EPS)
-    for one, other in zip(got, test_rope_hopper.expected(*arrays), strict=True):
-        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-2, atol=1e-5)
-        assert float(jnp.mean(one == other)) > 0.99
+def test_what_lies_before_a_tokens_attention(heads, kv_heads, dim, with_norm, fp8):
+    arrays = test_rope_hopper.inputs(heads, kv_heads, dim, jnp.bfloat16, with_norm, fp8, batch=64, length=100)
+    got = jax.tree.leaves(rope_hopper.rotate_into_cache(*arrays, eps=test_rope_hopper.EPS, dtype=jnp.bfloat16))
+    for one, other in zip(got, test_rope_hopper.expected(*arrays, jnp.bfloat16), strict=True):
+        one, other = test_rope_hopper.numbers(one), test_rope_hopper.numbers(other)
+        np.testing.assert_allclose(one, other, rtol=0.13 if fp8 else 1e-2, atol=1e-5)
+        assert np.mean(one == other) > 0.99
 
 
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])

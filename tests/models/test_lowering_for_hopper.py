@@ -17,7 +17,7 @@ from jax_epmoe.models import attention
 from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.projections import quantize_projections
 from jax_epmoe.moe import router
-from jax_epmoe.quant import NOT_QUANTIZED, Quantization
+from jax_epmoe.quant import FP8, NOT_QUANTIZED, Quantization
 
 GQA = ModelConfig(
     vocab_size=64,
@@ -172,8 +172,9 @@ def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():
     ("kv_heads", "qk_norm", "has_rope_kernel", "has_decode_kernel"),
     [(4, "head", True, True), (4, "full", False, True), (16, None, True, False), (2, "head", False, True)],
 )
+@pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, FP8], ids=["bfloat16", "float8"])
 def test_a_token_s_attention_is_two_kernels_where_they_serve_it(
-    kv_heads, qk_norm, has_rope_kernel, has_decode_kernel, monkeypatch
+    kv_heads, qk_norm, has_rope_kernel, has_decode_kernel, cache_dtype, monkeypatch
 ):
     monkeypatch.setattr(decode_hopper, "num_sms", lambda: 132)
     config = GQAConfig(num_heads=32, num_kv_heads=kv_heads, head_dim=64, qk_norm=qk_norm)
@@ -181,7 +182,7 @@ def test_a_token_s_attention_is_two_kernels_where_they_serve_it(
     module = nnx.eval_shape(lambda: attention.GQA(config, GQA.rope, 256, 1e-6, rngs=nnx.Rngs(0), **new))
     graphdef, state = nnx.split(module)
     x, table = jax.ShapeDtypeStruct((4, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4, 1, 32), jnp.float32)
-    positions, cache = jax.ShapeDtypeStruct((4, 1), jnp.int32), module.abstract_cache(4, 64, jnp.bfloat16)
+    positions, cache = jax.ShapeDtypeStruct((4, 1), jnp.int32), module.abstract_cache(4, 64, cache_dtype)
     run = jax.jit(lambda state, x, table, at, cache: nnx.merge(graphdef, state)(x, (table, table), at, cache))
     program = run.trace(state, x, table, positions, cache).lower(lowering_platforms=("cuda",)).as_text()
     assert ("call @rotate_into_cache(" in program) == has_rope_kernel
