@@ -2,6 +2,9 @@
 
 How many of the `T * k` pairs fall to a device is known only when the program runs: none, or all. Rows are therefore processed
 `chunk_rows` at a time, as many chunks as there are rows. Only a chunk's activations are alive at once.
+
+Where most pairs are the device's own, as on a single one, so many tokens are taken at a time that all their pairs are at most a
+chunk: then no token's sum goes over several chunks.
 """
 
 import functools
@@ -17,7 +20,7 @@ from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
 from jax_epmoe.kernels.grouped_gemm.reference import outer
 from jax_epmoe.kernels.quantize import quantize_input
 from jax_epmoe.kernels.rows import combine, dispatch
-from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan
+from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan, make_plan
 from jax_epmoe.quant import QuantizedArray, QuantizedWeights
 
 # What a chunk's activations may take by default. Rows that are not there cost memory and no time, a loop costs time: the host
@@ -38,6 +41,11 @@ class _Chunk(NamedTuple):
     row_token: jax.Array  # [chunk_rows] int32
     group_sizes: jax.Array  # [E_local] int32
     pair_row: jax.Array  # [T, k] int32; chunk_rows where the pair has no row in this chunk
+    first_token: jax.Array | int = 0  # of a chunk of some tokens alone, which is what T are then
+
+    def of_tokens(self, values: jax.Array) -> jax.Array:
+        """Of something for each token, what this chunk's tokens have."""
+        return jax.lax.dynamic_slice_in_dim(values, self.first_token, len(self.pair_row))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
@@ -76,16 +84,14 @@ def run_experts(
       `[T, H]` in the tokens' dtype, summed in float32.
     """
 
-    multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=expected_rows)
+    parts, mostly_here = 1, _mostly_here(plan, expected_rows)
+    if mostly_here and not _is_one_chunk(plan, chunk_rows):
+        parts = _equal_parts(len(tokens), plan.pair_row.shape[1], chunk_rows) or 1
+    multiply = functools.partial(
+        grouped_gemm, backend=backend, expected_rows=None if expected_rows is None else -(-expected_rows // parts)
+    )
     gate_up, down = _products(
-        tokens,
-        w_gate_up,
-        w_down,
-        biases or (None, None),
-        activation,
-        multiply,
-        backend,
-        deal=_mostly_here(plan, expected_rows),
+        tokens, w_gate_up, w_down, biases or (None, None), activation, multiply, backend, deal=mostly_here
     )
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -94,10 +100,20 @@ def run_experts(
         with jax.named_scope("down"):
             y = down(chunk, hidden)  # [chunk_rows, H]
         with jax.named_scope("combine"):
-            return combine(y, chunk.pair_row, weights, base, dtype)
+            return combine(y, chunk.pair_row, chunk.of_tokens(weights), base, dtype)
 
     if _is_one_chunk(plan, chunk_rows):
         return run_chunk(_whole(plan), base, tokens.dtype)
+
+    if parts > 1:
+        size = len(tokens) // parts
+
+        def run_part(index: jax.Array, out: jax.Array) -> jax.Array:
+            chunk = _of_tokens(plan, index * size, size)
+            part = run_chunk(chunk, None if base is None else chunk.of_tokens(base), tokens.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(out, part, index * size, axis=0)
+
+        return jax.lax.fori_loop(0, parts, run_part, jax.lax.empty(tokens.shape, tokens.dtype))
 
     chunks = _chunks(plan, chunk_rows)
 
@@ -131,7 +147,7 @@ def _products(
         def plain_gate_up(chunk: _Chunk) -> jax.Array:
             options = {"w": w_gate_up, "bias": gate_up_bias, "group_sizes": chunk.group_sizes, "activation": activation}
             product = functools.partial(multiply, **options)
-            rows = dispatch(tokens, chunk.pair_row, len(chunk.row_token)) if deal else None
+            rows = dispatch(chunk.of_tokens(tokens), chunk.pair_row, len(chunk.row_token)) if deal else None
             return product(tokens, row_index=chunk.row_token) if rows is None else product(rows)
 
         return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes, bias=down_bias)
@@ -223,6 +239,21 @@ def _mostly_here(plan: Plan, expected_rows: int | None) -> bool:
 
 def _whole(plan: Plan) -> _Chunk:
     return _Chunk(plan.row_pair, plan.row_pair // plan.pair_row.shape[1], plan.group_sizes, plan.pair_row)
+
+
+def _equal_parts(tokens: int, top_k: int, chunk_rows: int) -> int | None:
+    """Into how many parts of equal size tokens are cut whose pairs fit a chunk; None: into no number near the least."""
+    least = -(-tokens * top_k // chunk_rows)
+    fitting = (n for n in range(least, min(2 * least, tokens) + 1) if tokens % n == 0)
+    return next((n for n in fitting if tokens // n * top_k <= chunk_rows), None)
+
+
+def _of_tokens(plan: Plan, first_token: jax.Array, count: int) -> _Chunk:
+    """All rows of `count` tokens."""
+    with jax.named_scope("plan"):
+        experts = jax.lax.dynamic_slice_in_dim(plan.pair_expert, first_token, count)
+        chunk = _whole(make_plan(experts, 0, len(plan.group_sizes)))
+        return chunk._replace(row_token=chunk.row_token + first_token, first_token=first_token)
 
 
 class _Chunks(NamedTuple):

@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     row_pair: jax.Array  # [R] int32: the pair of each row, t * k + j; R = T * k, rounded up to a multiple of 8
     group_sizes: jax.Array  # [E_local] int32: rows of each local expert
     pair_row: jax.Array  # [T, k] int32: the row of each pair, or R where its expert lives elsewhere
+    pair_expert: jax.Array  # [T, k] int32: the local expert of each pair; out of range where it lives elsewhere
 
 
 def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: int) -> Plan:
@@ -36,16 +37,17 @@ def make_plan(ids: jax.Array, first_expert: jax.Array | int, num_local_experts: 
     num_tokens, top_k = ids.shape
     pairs = num_tokens * top_k
     rows = -(-pairs // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    pair_expert = ids - first_expert
     if on_hopper() and plan_hopper.serves(pairs, num_local_experts):
         group_sizes, row_pair, pair_row = plan_hopper.order(ids.reshape(pairs), first_expert, num_local_experts)
-        return Plan(row_pair, group_sizes, pair_row.reshape(num_tokens, top_k))
-    local = ids.reshape(pairs) - first_expert
+        return Plan(row_pair, group_sizes, pair_row.reshape(num_tokens, top_k), pair_expert)
+    local = pair_expert.reshape(pairs)
     is_local = (local >= 0) & (local < num_local_experts)
     key = jnp.where(is_local, local, num_local_experts)
     group_sizes = jnp.sum(key[:, None] == jnp.arange(num_local_experts), axis=0, dtype=jnp.int32)
     row_pair, row_of_pair = _compare(key) if pairs <= _FEW_PAIRS else _sort(key, num_local_experts)
     pair_row = jnp.where(is_local, row_of_pair, rows).reshape(num_tokens, top_k)
-    return Plan(jnp.pad(row_pair, (0, rows - pairs)), group_sizes, pair_row)
+    return Plan(jnp.pad(row_pair, (0, rows - pairs)), group_sizes, pair_row, pair_expert)
 
 
 # Up to here all pairs are compared with all: a few small kernels on a GPU, where a sort is many.

@@ -35,22 +35,26 @@ def dense(tokens, w_gate_up, w_down, weights, base, ids):
     return base + jnp.einsum("tke,teh->th", chosen, y, precision="highest")
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def out_and_gradients(function, floats, ids, chunk_rows=None):
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def out_and_gradients(function, floats, ids, chunk_rows=None, expected_rows=None):
     if chunk_rows is None:
         run = partial(function, ids=ids)
     else:
         plan = make_plan(ids, E, E)
-        run = lambda *floats: function(*floats[:4], plan, floats[4], "silu", None, chunk_rows)  # noqa: E731
+        run = lambda *floats: function(*floats[:4], plan, floats[4], "silu", None, chunk_rows, expected_rows)  # noqa: E731
     out, pull = jax.vjp(run, *floats)
     return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
 
 
-@pytest.mark.parametrize("chunk_rows", [64, 24, 8], ids=["one chunk", "three chunks", "eight chunks"])
+@pytest.mark.parametrize(
+    ("chunk_rows", "expected_rows"),
+    [(64, None), (24, None), (24, 16), (8, None)],  # 8: tokens are in no near number of equal parts
+    ids=["one chunk", "three chunks of tokens", "three chunks of rows", "eight chunks of rows"],
+)
 @pytest.mark.parametrize("load", LOADS)
-def test_outputs_and_gradients_equal_the_dense_definition(load, chunk_rows):
+def test_outputs_and_gradients_equal_the_dense_definition(load, chunk_rows, expected_rows):
     floats, ids = make_inputs(load)
-    out, gradients = out_and_gradients(run_experts, floats, ids, chunk_rows)
+    out, gradients = out_and_gradients(run_experts, floats, ids, chunk_rows, expected_rows)
     expected_out, expected_gradients = out_and_gradients(dense, floats, ids)
     np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=2e-6)
     for name, got, expected in zip(
@@ -66,18 +70,26 @@ def test_no_tokens_give_no_output():
     assert run_experts(tokens[:0], w_gate_up, w_down, weights[:0], plan, base[:0], "silu", None, 8).shape == (0, H)
 
 
-@pytest.mark.parametrize("chunk_rows", [64, 24])
-def test_without_a_base_the_sum_begins_with_zeros_and_is_rounded_once(chunk_rows):
+@pytest.mark.parametrize(("chunk_rows", "expected_rows"), [(64, None), (24, None), (24, 16)])
+def test_without_a_base_the_sum_begins_with_zeros_and_is_rounded_once(chunk_rows, expected_rows):
     floats, ids = make_inputs("spread over all devices")
     plan = make_plan(ids, E, E)
-    out = run_experts(*floats[:4], plan, None, "silu", None, chunk_rows)
+    out = run_experts(*floats[:4], plan, None, "silu", None, chunk_rows, expected_rows)
     np.testing.assert_allclose(out, dense(*floats[:4], 0, ids), rtol=1e-5, atol=2e-6)
     halved = [value.astype(jnp.bfloat16) for value in floats[:3]]
-    assert run_experts(*halved, floats[3], plan, floats[4], "silu", None, chunk_rows).dtype == jnp.bfloat16
+    rounded = run_experts(*halved, floats[3], plan, floats[4], "silu", None, chunk_rows, expected_rows)
+    assert rounded.dtype == jnp.bfloat16
 
 
 def temporaries(
-    tokens: int, top_k: int, chunk_rows: int, *, gradient: bool, hidden: int = 256, inner: int = 128
+    tokens: int,
+    top_k: int,
+    chunk_rows: int,
+    expected_rows: int | None,
+    *,
+    gradient: bool,
+    hidden: int = 256,
+    inner: int = 128,
 ) -> int:
     """Bytes, by the compiled program's own account, in float32."""
     shapes = ((tokens, hidden), (E, 2, inner, hidden), (E, hidden, inner), (tokens, top_k))
@@ -85,7 +97,7 @@ def temporaries(
 
     def run(ids, *floats):
         plan = make_plan(ids, 0, E)
-        return run_experts(*floats, plan, None, "silu", "xla", chunk_rows)
+        return run_experts(*floats, plan, None, "silu", "xla", chunk_rows, expected_rows)
 
     def pull(ids, d_out, *floats):
         return jax.vjp(partial(run, ids), *floats)[1](d_out)
@@ -97,15 +109,17 @@ def temporaries(
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("chunk_rows", [16384, 4096, 1024])
-def test_memory_stays_within_the_formulas_of_the_docs(chunk_rows):
+@pytest.mark.parametrize(
+    ("chunk_rows", "expected_rows"), [(16384, None), (8192, None), (4096, None), (4096, 1024), (1024, 1024)]
+)  # chunks of tokens, chunks of rows
+def test_memory_stays_within_the_formulas_of_the_docs(chunk_rows, expected_rows):
     tokens, top_k, hidden, inner = 2048, 8, 256, 128
     pairs = 4 * 4 * tokens * top_k + 2**16
     forward = 4 * chunk_rows * (2 * hidden + inner) + 4 * tokens * hidden + pairs
-    assert temporaries(tokens, top_k, chunk_rows, gradient=False) <= forward
+    assert temporaries(tokens, top_k, chunk_rows, expected_rows, gradient=False) <= forward
     weights = 4 * 3 * E * inner * hidden
     backward = 4 * chunk_rows * (4 * hidden + 6 * inner) + 4 * 2 * tokens * hidden + weights + pairs
-    assert temporaries(tokens, top_k, chunk_rows, gradient=True) <= backward
+    assert temporaries(tokens, top_k, chunk_rows, expected_rows, gradient=True) <= backward
 
 
 def test_the_default_holds_any_load_where_that_is_small_and_is_bounded_where_it_is_not():
