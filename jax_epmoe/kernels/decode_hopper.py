@@ -7,8 +7,9 @@ What counts is reading keys and values once. Positions ride wgmma's m and heads 
 A sequence's positions are dealt over several CTAs where there is less to do than CTAs can run; their parts are merged
 by the largest score that each saw.
 
-A cache in float8 is read as it is and becomes float16 in shared memory. A key's scale multiplies its score; a value's is added
-to the score as a power of two, so that what multiplies the values is at most 1, and is taken out of the sum of exponentials again.
+A cache in float8 is read as it is and becomes float16 here: keys in registers, values, which wgmma takes transposed, in shared
+memory. A key's scale multiplies its score; a value's is added to the score as a power of two, so that what multiplies the values
+is at most 1, and is taken out of the sum of exponentials again.
 """
 
 import functools
@@ -138,13 +139,10 @@ def decode(
                 plgpu.load(ref.at[sequence, positions, key_head], layout=by_row, optimized=False) for ref in scales_gmem
             )
 
-        def operand_of(tile):
-            """What wgmma takes of a tile: it, or in float16 where that must be made, in `half_smem`."""
-            for ref in half_smem:
-                values = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-                ref[...] = values.astype(half)
-                plgpu.commit_smem()
-            return half_smem[0] if half_smem else tile
+        def widened(tile):
+            """A float8 tile in float16, in registers as wgmma takes them."""
+            values = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(half)
+            return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
 
         def spread(values, shape, axis=1):
             return lax.broadcast_in_dim(values, shape, (axis,))
@@ -163,7 +161,7 @@ def decode(
             plgpu.barrier_wait(full.at[stage])
             keys = tiles[0].at[stage]
             values = tiles[-1].at[stage, :, pl.ds(0, columns)]
-            scores = product(POSITIONS, operand_of(keys), q_smem.T) * unit
+            scores = product(POSITIONS, widened(keys) if own_scales else keys, q_smem.T) * unit
             if own_scales:
                 k_scales, v_scales = own_scales
                 v_scales = jnp.maximum(v_scales, jnp.finfo(f32).tiny)  # where nothing was written they are 0
@@ -177,10 +175,12 @@ def decode(
             shrink = jnp.exp2(largest - higher)
             p = jnp.exp2(scores - spread(higher, scores.shape))
             p_smem.T[...] = p.astype(half)
-            plgpu.commit_smem()
             if own_scales:
                 p *= spread(1 / v_scales, p.shape, 0)
-            out = out * spread(shrink, out.shape) + product(columns, operand_of(values).T, p_smem.T)
+                half_smem[0][...] = widened(values)
+                values = half_smem[0]
+            plgpu.commit_smem()
+            out = out * spread(shrink, out.shape) + product(columns, values.T, p_smem.T)
             pl.when(step + STAGES < steps)(lambda: load(step + STAGES))
             return out, higher, sums * spread(shrink, sums.shape) + p, next_scales
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels import decode_hopper
@@ -18,6 +19,19 @@ from jax_epmoe.quant import quantize
 @pytest.fixture
 def interpreted(monkeypatch):
     reset_gpu_interpret_mode_state()
+    multiply = plgpu.wgmma
+
+    def wgmma(accumulator, a, b):  # the interpreter's takes no registers
+        def from_memory(ref):
+            ref[...] = a
+            multiply(accumulator, ref, b)
+
+        if isinstance(a, jax.Array):
+            pl.run_scoped(from_memory, plgpu.SMEM(a.shape, a.dtype))
+        else:
+            multiply(accumulator, a, b)
+
+    monkeypatch.setattr(plgpu, "wgmma", wgmma)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield lambda num_sms: monkeypatch.setattr(decode_hopper, "num_sms", lambda: num_sms)
     jax.clear_caches()  # that number is no argument
