@@ -93,6 +93,9 @@ def heuristic(*, rows: int, experts: int, n: int, k: int, gated: bool) -> Tiling
     if rounds <= 8:  # much of the time goes into the last round: heights that fit the groups, the best of them picked
         heights, candidates = (32, 64, 80, 96, 104, 112, 120, 128), (128, 120, 112, 104)
         return Tiling(columns=columns, heights=heights, largest_heights=candidates)
+    if rows_per_expert <= 768 and gated and k >= 4096 and rounds > 20:
+        # CTAs drift apart in a long call, and weights come from memory again; one height keeps them together (one H200).
+        return Tiling(columns=columns, lag=k <= 5120)
     if rows_per_expert <= 768:
         return Tiling(columns=columns, heights=(64, 88, 112, 128), lag=k >= 1024)
     return Tiling(columns=columns, lag=k >= 4096)  # each further height costs the main loop a little
