@@ -83,13 +83,10 @@ def run_experts(
     Returns:
       `[T, H]` in the tokens' dtype, summed in float32.
     """
-
-    parts, mostly_here = 1, _mostly_here(plan, expected_rows)
-    if mostly_here and not _is_one_chunk(plan, chunk_rows):
-        parts = _equal_parts(len(tokens), plan.pair_row.shape[1], chunk_rows) or 1
-    multiply = functools.partial(
-        grouped_gemm, backend=backend, expected_rows=None if expected_rows is None else -(-expected_rows // parts)
-    )
+    mostly_here = _mostly_here(plan, expected_rows)
+    parts = _parts_of_tokens(plan, chunk_rows) if mostly_here else 1
+    own_expected_rows = None if expected_rows is None else -(-expected_rows // parts)
+    multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=own_expected_rows)
     gate_up, down = _products(
         tokens, w_gate_up, w_down, biases or (None, None), activation, multiply, backend, deal=mostly_here
     )
@@ -106,7 +103,7 @@ def run_experts(
         return run_chunk(_whole(plan), base, tokens.dtype)
 
     if parts > 1:
-        size = len(tokens) // parts
+        size = -(-len(tokens) // parts)  # the last part begins early enough to be as large
 
         def run_part(index: jax.Array, out: jax.Array) -> jax.Array:
             chunk = _of_tokens(plan, index * size, size)
@@ -241,11 +238,10 @@ def _whole(plan: Plan) -> _Chunk:
     return _Chunk(plan.row_pair, plan.row_pair // plan.pair_row.shape[1], plan.group_sizes, plan.pair_row)
 
 
-def _equal_parts(tokens: int, top_k: int, chunk_rows: int) -> int | None:
-    """Into how many parts of equal size tokens are cut whose pairs fit a chunk; None: into no number near the least."""
-    least = -(-tokens * top_k // chunk_rows)
-    fitting = (n for n in range(least, min(2 * least, tokens) + 1) if tokens % n == 0)
-    return next((n for n in fitting if tokens // n * top_k <= chunk_rows), None)
+def _parts_of_tokens(plan: Plan, chunk_rows: int) -> int:
+    """Into how many parts tokens are cut so that all pairs of each fit a chunk; 1 if a chunk does not hold those of one token."""
+    tokens, top_k = plan.pair_row.shape
+    return max(1, -(-tokens // (chunk_rows // top_k))) if top_k <= chunk_rows else 1
 
 
 def _of_tokens(plan: Plan, first_token: jax.Array, count: int) -> _Chunk:
@@ -253,7 +249,8 @@ def _of_tokens(plan: Plan, first_token: jax.Array, count: int) -> _Chunk:
     with jax.named_scope("plan"):
         experts = jax.lax.dynamic_slice_in_dim(plan.pair_expert, first_token, count)
         chunk = _whole(make_plan(experts, 0, len(plan.group_sizes)))
-        return chunk._replace(row_token=chunk.row_token + first_token, first_token=first_token)
+        first_row = jnp.minimum(first_token, len(plan.pair_expert) - count)  # as slices begin
+        return chunk._replace(row_token=chunk.row_token + first_row, first_token=first_token)
 
 
 class _Chunks(NamedTuple):

@@ -13,6 +13,7 @@ from jax_epmoe.config import MoEConfig
 from jax_epmoe.kernels import decode_hopper, device, mla_hopper, rope_hopper, route_hopper, rows, rows_hopper
 from jax_epmoe.models import attention, kv_cache
 from jax_epmoe.moe import router
+from jax_epmoe.moe.experts import run_experts
 from jax_epmoe.moe.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not device.on_hopper(), reason="needs a Hopper GPU")
@@ -157,6 +158,22 @@ def test_what_lies_before_a_tokens_attention(heads, kv_heads, dim, with_norm, fp
         one, other = test_rope_hopper.numbers(one), test_rope_hopper.numbers(other)
         np.testing.assert_allclose(one, other, rtol=0.13 if fp8 else 1e-2, atol=1e-5)
         assert np.mean(one == other) > 0.99
+
+
+@pytest.mark.parametrize("expected_rows", [None, 1000], ids=["of tokens", "of rows"])
+@pytest.mark.parametrize("tokens", [1024, 1001])  # 1001: the last chunk of tokens overlaps the one before
+def test_chunks_give_what_the_whole_gives(tokens, expected_rows):
+    x, w_gate_up, w_down = normal(0, tokens, 512), normal(1, 16, 2, 256, 512) / 23, normal(2, 16, 512, 256) / 16
+    weights = jax.nn.softmax(normal(3, tokens, 8, dtype=jnp.float32))
+    ids = jax.lax.top_k(normal(4, tokens, 16, dtype=jnp.float32), 8)[1]
+    plan, base = make_plan(ids, 0, 16), normal(5, tokens, 512)
+
+    def run(chunk_rows):
+        run = jax.jit(lambda *arrays: run_experts(*arrays, "silu", "hopper", chunk_rows, expected_rows))
+        return run(x, w_gate_up, w_down, weights, plan, base)
+
+    whole, chunked = run(8 * 1024), run(2048)
+    assert relative_error(chunked, whole) < 5e-3
 
 
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])

@@ -48,8 +48,8 @@ def out_and_gradients(function, floats, ids, chunk_rows=None, expected_rows=None
 
 @pytest.mark.parametrize(
     ("chunk_rows", "expected_rows"),
-    [(64, None), (24, None), (24, 16), (8, None)],  # 8: tokens are in no near number of equal parts
-    ids=["one chunk", "three chunks of tokens", "three chunks of rows", "eight chunks of rows"],
+    [(64, None), (24, None), (16, None), (24, 16), (8, 8)],
+    ids=["one chunk", "three of tokens", "five of tokens, the last two overlap", "three of rows", "eight of rows"],
 )
 @pytest.mark.parametrize("load", LOADS)
 def test_outputs_and_gradients_equal_the_dense_definition(load, chunk_rows, expected_rows):
