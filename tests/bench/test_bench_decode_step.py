@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import refuses_other_devices
@@ -11,7 +13,9 @@ from programs import refuses_other_devices
 import jax_epmoe as ep
 from bench import decode_step
 from jax_epmoe.checkpoint import parameter_shapes
+from jax_epmoe.models import kv_cache
 from jax_epmoe.models.families import read_config
+from jax_epmoe.models.kv_cache import Float8Vectors
 
 TINY = {
     "model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 64, "num_experts": 8,
@@ -106,6 +110,18 @@ def test_every_call_is_the_same_and_ends_with_the_context(folder, steps):
     assert np.flatnonzero(written).tolist() == list(range(127 - steps, 127))
     assert step.experts_used().shape == (1,)
     assert step.positions_read == {1: 127, 3: 126}[steps]
+
+
+def test_a_float8_cache_is_of_finite_numbers_with_scales_and_half_the_bytes(folder):
+    model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="bfloat16")
+    cache = model.init_cache(4, 64, "fp8")
+    assert decode_step.cache_bytes_read(cache, 60) == 2 * 2 * 4 * 60 * (16 + 4)  # layers, keys and values, sequences
+    drawn = jax.tree.map(decode_step._random_like, cache)
+    for vectors in jax.tree.leaves(drawn, is_leaf=lambda leaf: isinstance(leaf, Float8Vectors)):
+        values = np.asarray(kv_cache.read(vectors, jnp.float32))
+        assert np.isfinite(values).all()
+        assert len(np.unique(values)) > 100
+        assert (np.asarray(vectors.scales) > 0).all()
 
 
 def test_a_context_that_the_steps_do_not_fit_is_refused(monkeypatch):
