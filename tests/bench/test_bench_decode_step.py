@@ -112,7 +112,7 @@ def test_every_call_is_the_same_and_ends_with_the_context(folder, steps):
     assert step.positions_read == {1: 127, 3: 126}[steps]
 
 
-def test_a_float8_cache_is_of_finite_numbers_with_scales_and_half_the_bytes(folder):
+def test_a_random_float8_cache_is_finite_and_its_scales_count(folder):
     model = ep.dummy_model(folder, mesh=ep.make_mesh(), dtype="bfloat16")
     cache = model.init_cache(4, 64, "fp8")
     assert decode_step.cache_bytes_read(cache, 60) == 2 * 2 * 4 * 60 * (16 + 4)  # layers, keys and values, sequences
