@@ -24,6 +24,11 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def random_lengths(batch: int, length: int) -> jax.Array:
+    """The last one is all of it."""
+    return jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+
+
 def normal(seed, *shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
@@ -93,7 +98,7 @@ def test_many_tokens_are_routed_as_in_float32():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_latent_attention_of_a_token(batch, heads, length, dtype):
     q, latent = normal(0, batch, heads, 576, dtype=dtype), normal(1, batch, length, 576, dtype=dtype)
-    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+    lengths = random_lengths(batch, length)
     got = jax.jit(lambda *args: mla_hopper.decode(*args, rank=512, scale=0.05))(q, latent, lengths)
     latent = jnp.where((jnp.arange(length) < lengths[:, None])[..., None], latent, 0)
     positions = attention._key_positions(batch, length)
@@ -102,6 +107,19 @@ def test_latent_attention_of_a_token(batch, heads, length, dtype):
         q[:, None].astype(jnp.float32), one_head, one_head[..., :512], lengths[:, None] - 1, positions, 0.05
     )
     assert relative_error(got, expected[:, 0]) < 5e-3
+
+
+def check_attention_of_a_token(q, k, v, lengths, sinks, sliding_window):
+    """Of `q [B, heads, D]`; k and v as a cache has them."""
+    (keys, k_scales), (values, v_scales) = kv_cache.stored(k), kv_cache.stored(v)
+    scales = None if k_scales is None else (k_scales, v_scales)
+    decode = functools.partial(decode_hopper.decode, scale=0.1, sliding_window=sliding_window)
+    got, again = (decode(q, keys, values, lengths, sinks, scales) for _ in range(2))
+    q, k, v = (kv_cache.read(a, jnp.float32).astype(jnp.float32) for a in (q[:, None], k, v))
+    places = attention._key_positions(*k.shape[:2])
+    expected = attention.attend(q, k, v, lengths[:, None] - 1, places, 0.1, sliding_window, sinks)
+    assert relative_error(got, expected[:, 0]) < 5e-3
+    assert bool(jnp.all(got == again))
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
@@ -117,14 +135,7 @@ def test_grouped_query_attention_of_a_token(batch, heads, kv_heads, dim, length,
         normal(2, batch, length, kv_heads, dim),
     )
     sinks = normal(3, heads) if with_sinks else None
-    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
-    got = decode_hopper.decode(q, k, v, lengths, sinks, scale=0.1, sliding_window=sliding_window)
-    again = decode_hopper.decode(q, k, v, lengths, sinks, scale=0.1, sliding_window=sliding_window)
-    q, k, v = (a.astype(jnp.float32) for a in (q[:, None], k, v))
-    places = attention._key_positions(batch, length)
-    expected = attention.attend(q, k, v, lengths[:, None] - 1, places, 0.1, sliding_window, sinks)
-    assert relative_error(got, expected[:, 0]) < 5e-3
-    assert bool(jnp.all(got == again))
+    check_attention_of_a_token(q, k, v, random_lengths(batch, length), sinks, sliding_window)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
@@ -136,16 +147,10 @@ def test_grouped_query_attention_of_a_token(batch, heads, kv_heads, dim, length,
 def test_a_token_attends_to_a_float8_cache(batch, heads, kv_heads, dim, length, sliding_window, with_sinks):
     q, k, v, sinks = test_decode_hopper.inputs(batch, heads, kv_heads, dim, length, jnp.bfloat16, fp8=True)
     sinks = sinks if with_sinks else None
-    lengths = jnp.asarray(np.random.default_rng(0).integers(1, length + 1, batch), jnp.int32).at[-1].set(length)
+    lengths = random_lengths(batch, length)
     written = jnp.arange(length)[:, None] < lengths[:, None, None]
     k, v = (dataclasses.replace(a, scales=jnp.where(written, a.scales, 0)) for a in (k, v))
-    decode = functools.partial(decode_hopper.decode, scale=0.1, sliding_window=sliding_window)
-    got, again = (decode(q, k.data, v.data, lengths, sinks, (k.scales, v.scales)) for _ in range(2))
-    q, k, v = q[:, None].astype(jnp.float32), kv_cache.read(k, jnp.float32), kv_cache.read(v, jnp.float32)
-    places = attention._key_positions(batch, length)
-    expected = attention.attend(q, k, v, lengths[:, None] - 1, places, 0.1, sliding_window, sinks)
-    assert relative_error(got, expected[:, 0]) < 5e-3
-    assert bool(jnp.all(got == again))
+    check_attention_of_a_token(q, k, v, lengths, sinks, sliding_window)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "float8"])
