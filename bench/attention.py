@@ -37,7 +37,7 @@ from bench import roofline
 from bench.environment import environment, require_hopper, result_path
 from bench.roofline import failure, number
 from bench.timing import ceilings, normal, times
-from jax_epmoe.kernels import decode_hopper, mla_hopper, rope_hopper
+from jax_epmoe.kernels import decode_hopper, mla_hopper, mla_hopper_many_heads, rope_hopper
 from jax_epmoe.models import kv_cache
 from jax_epmoe.models.attention import attend
 from jax_epmoe.models.blocks import rotate
@@ -156,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw(case: Case, float8: bool, copy: int) -> tuple[Inputs, Cache]:
-    """The arguments of a call: its inputs, and the cache, keys and values `[B, L, kv_heads, D]` or latents `[B, L, LATENT]`.
+    """The arguments of a call: its inputs, and the cache, keys and values `[B, L, kv_heads, D]` or latents
+    `[B, L, LATENT]`, in float8 in two parts.
 
     Inputs are `q [B, heads, D]` and `lengths [B]`; of rope `qkv [B, heads + 2 kv_heads, D]` float32, as one product makes them,
     and the rest of what `rope_hopper.rotate_into_cache` takes, but caches.
@@ -171,7 +172,8 @@ def draw(case: Case, float8: bool, copy: int) -> tuple[Inputs, Cache]:
 
     batch, dim, lengths = case.batch, case.dim, jnp.full(case.batch, case.length, jnp.int32)
     if case.kind == "mla":
-        return (random(batch, case.heads, dim), lengths), [cached(batch, case.length, dim)]
+        parts = (RANK, dim - RANK) if float8 else (dim,)
+        return (random(batch, case.heads, dim), lengths), [cached(batch, case.length, part) for part in parts]
     cache = [cached(batch, case.length, case.kv_heads, dim) for _ in range(2)]
     if case.kind == "gqa":
         return (random(batch, case.heads, dim), lengths), cache
@@ -205,13 +207,26 @@ def cudnn(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
 
 def decode_latents(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
     q, lengths = inputs
-    return mla_hopper.decode(q, cache[0], lengths, rank=RANK, scale=case.scale)
+    return mla_hopper.decode(q, _whole(cache), lengths, rank=RANK, scale=case.scale)
+
+
+def decode_float8_latents(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
+    (q, lengths), (latent, rotated) = inputs, cache
+    scales = latent.scales, rotated.scales
+    return mla_hopper.decode_float8(q, latent.data, rotated.data, scales, lengths, scale=case.scale)
+
+
+def _whole(cache: Cache) -> jax.Array:
+    """MLA's keys `[B, L, LATENT]`; of a float8 cache in bfloat16."""
+    parts = [kv_cache.read(each, DTYPE) for each in cache]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def attend_in_xla(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
     (q, lengths), k, v = inputs, cache[0], cache[-1]
-    if case.kind == "mla":  # one key head for all
-        k, v = k[:, :, None], v[:, :, None, :RANK]
+    if case.kind == "mla":
+        k = jnp.concatenate(cache, axis=-1)[:, :, None]  # one key head for all
+        v = k[..., :RANK]
     places = jnp.broadcast_to(jnp.arange(case.length), (len(q), case.length))
     return attend(q[:, None], k, v, lengths[:, None] - 1, places, case.scale, case.window)[:, 0]
 
@@ -245,7 +260,8 @@ def _split(case: Case, qkv: jax.Array) -> list[jax.Array]:
 def implementations(case: Case) -> dict[str, Callable[[Case, Inputs, Cache], Any]]:
     """By name, which says whether the cache is `float8`. Rope's are given the cache, and return it after the queries."""
     if case.kind == "mla":
-        return {"ours": decode_latents, "xla": attend_in_xla}
+        few = {"float8": decode_float8_latents} if case.heads < mla_hopper_many_heads.HEADS else {}
+        return {"ours": decode_latents, **few, "float8 dequantised": decode_latents, "xla": attend_in_xla}
     if case.kind == "rope":
         ways = {"ours": rotate_into_cache, "xla": rotate_in_xla}
         return {**ways, **{f"{name} float8": run for name, run in ways.items()}}

@@ -28,6 +28,7 @@ from jax_epmoe.kernels.warp_rows import ROWS
 from jax_epmoe.quant import FP8
 
 _MAX_HEADS = 16  # of a CTA: as many sums, twice, as a warpgroup's registers hold
+_AT_ONCE = 128  # columns of a float8 tile that become float16
 _SHARED_BYTES = 2**16  # of stages that leave room for two CTAs: one computes while the other waits
 
 
@@ -60,6 +61,7 @@ def decode(
     lengths: jax.Array,
     sinks: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
+    rotated: jax.Array | None = None,
     *,
     scale: float,
     rank: int = 0,
@@ -73,7 +75,9 @@ def decode(
       v: `[B, L, kv_heads, Dv]`, Dv a multiple of 64; None: the first `rank` numbers of the keys.
       lengths: `[B]` int32: how many positions of each sequence there are, from 1 to L. Others must be finite.
       sinks: `[heads]`: a score more in each head's softmax, of a key whose value is zero; None: there are none.
-      scales: of keys and values in float8, `[B, L, kv_heads]` float32 each, positive where there are positions.
+      scales: of keys and values in float8, `[B, L, kv_heads]` float32 each, positive where there are positions; without v, of k
+        and `rotated`.
+      rotated: in float8 without v, as bytes too: the keys' numbers after the first `rank`, `[B, L, kv_heads, R]`, R 64 or 128; k is then `rank` wide.
       scale: multiplies the scores.
       rank: how many, without v.
       sliding_window: how many last positions a query sees; None: all. What is before them is not read.
@@ -86,7 +90,8 @@ def decode(
     of_key_head = heads // kv_heads
     group = next(n for n in range(min(of_key_head, _MAX_HEADS), 0, -8) if of_key_head % n == 0)
     out_dtype, half = q.dtype, q.dtype if scales is None else jnp.float16  # `half`: of what is multiplied
-    stages_bytes = STAGES * POSITIONS * (size + (columns if v is not None else 0)) * k.dtype.itemsize
+    caches = [cache for cache in (k, v, rotated) if cache is not None]
+    stages_bytes = STAGES * POSITIONS * sum(cache.shape[-1] for cache in caches) * k.dtype.itemsize
     ctas = num_sms() * (2 if stages_bytes <= _SHARED_BYTES else 1)
     seen = length if sliding_window is None else min(length, sliding_window + POSITIONS - 1)
     splits = num_splits(batch * (heads // group), seen, ctas)
@@ -94,7 +99,6 @@ def decode(
     by_column, by_row = (plgpu.Layout.WGMMA.reduce(axis) for axis in (0, 1))
     unit = scale * math.log2(math.e)
     sinks = None if sinks is None else sinks.astype(f32) * math.log2(math.e)
-    caches = [k] if v is None else [k, v]
     if scales is not None:
         caches = [lax.bitcast_convert_type(cache, FP8) for cache in caches]
     own_sinks = [sinks] if sinks is not None and splits == 1 else []
@@ -144,6 +148,14 @@ def decode(
             values = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(half)
             return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
 
+        def widen(tile):
+            """All of a float8 tile in float16, in shared memory, as many columns at a time as registers hold."""
+            for first_column in range(0, columns, _AT_ONCE):
+                here = pl.ds(first_column, min(_AT_ONCE, columns - first_column))
+                half_smem[0][:, here] = widened(tile.at[:, here])
+            plgpu.commit_smem()
+            return half_smem[0]
+
         def spread(values, shape, axis=1):
             return lax.broadcast_in_dim(values, shape, (axis,))
 
@@ -160,12 +172,22 @@ def decode(
             stage = lax.rem(step, i32(STAGES))
             plgpu.barrier_wait(full.at[stage])
             keys = tiles[0].at[stage]
-            values = tiles[-1].at[stage, :, pl.ds(0, columns)]
-            scores = product(POSITIONS, widened(keys) if own_scales else keys, q_smem.T) * unit
-            if own_scales:
+            values = (tiles[0] if rotated is not None else tiles[-1]).at[stage, :, pl.ds(0, columns)]
+            if not own_scales:
+                scores = product(POSITIONS, keys, q_smem.T) * unit
+            elif rotated is None:
                 k_scales, v_scales = own_scales
+                scores = product(POSITIONS, widened(keys), q_smem.T) * unit
+                scores *= spread(k_scales, scores.shape, 0)
+            else:
+                v_scales, rotated_scales = own_scales
+                values, q_parts = widen(keys), [q_smem.at[:, pl.ds(*part)] for part in ((0, rank), (rank, size - rank))]
+                scores = product(POSITIONS, values, q_parts[0].T) * spread(v_scales * unit, (POSITIONS, group), 0)
+                rest = product(POSITIONS, widened(tiles[1].at[stage]), q_parts[1].T)
+                scores += rest * spread(rotated_scales * unit, (POSITIONS, group), 0)
+            if own_scales:
                 v_scales = jnp.maximum(v_scales, jnp.finfo(f32).tiny)  # where nothing was written they are 0
-                scores = scores * spread(k_scales, scores.shape, 0) + spread(jnp.log2(v_scales), scores.shape, 0)
+                scores += spread(jnp.log2(v_scales), scores.shape, 0)
             before = (first + step) * POSITIONS
             position = plgpu.broadcasted_iota(i32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
             scores = jnp.where(position < length - before, scores, -jnp.inf)
@@ -177,9 +199,10 @@ def decode(
             p_smem.T[...] = p.astype(half)
             if own_scales:
                 p *= spread(1 / v_scales, p.shape, 0)
-                half_smem[0][...] = widened(values)
-                values = half_smem[0]
-            plgpu.commit_smem()
+            if own_scales and rotated is None:
+                values = widen(values)
+            else:
+                plgpu.commit_smem()
             out = out * spread(shrink, out.shape) + product(columns, values.T, p_smem.T)
             pl.when(step + STAGES < steps)(lambda: load(step + STAGES))
             return out, higher, sums * spread(shrink, sums.shape) + p, next_scales

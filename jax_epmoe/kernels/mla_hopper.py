@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_epmoe.kernels import decode_hopper, mla_hopper_many_heads
-from jax_epmoe.kernels.decode_splits import merged, num_splits
+from jax_epmoe.kernels.decode_splits import POSITIONS, merged, num_splits
 from jax_epmoe.kernels.device import num_sms
 
 _MOST_SPLITS = 4  # of many heads' kernel, whose parts are four times as large
@@ -29,6 +29,49 @@ def serves(q: jax.Array, latent: jax.Array, rank: int) -> bool:
         and q.size > 0
         and latent.size > 0
     )
+
+
+def serves_float8(q: jax.Array, latent: jax.Array, rotated: jax.Array) -> bool:
+    """Whether `decode_float8` should compute it: of few heads, q bfloat16 or float16, L a multiple of 64, sizes multiples of 64."""
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and latent.dtype == rotated.dtype == jnp.uint8
+        and q.shape[1] < mla_hopper_many_heads.HEADS
+        and latent.shape[1] % POSITIONS == 0
+        and latent.shape[-1] % 64 == 0
+        and latent.shape[-1] <= 512
+        and rotated.shape[-1] in (64, 128)
+        and q.size > 0
+        and latent.size > 0
+    )
+
+
+def decode_float8(
+    q: jax.Array,
+    latent: jax.Array,
+    rotated: jax.Array,
+    scales: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """`decode` over a cache in float8, which is read as it is.
+
+    Args:
+      q: `[B, heads, rank + R]`, with the cache one that `serves_float8`.
+      latent: `[B, L, rank]`, float8_e4m3fn as bytes (uint8); its values are all of it.
+      rotated: `[B, L, R]`, the same: the rotated part of the keys.
+      scales: of both, `[B, L]` float32 each, positive where there are positions.
+      lengths, scale: as `decode`'s.
+
+    Returns:
+      `[B, heads, rank]` in q's dtype.
+    """
+    heads = q.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, -heads % 8), (0, 0)))
+    one_head = [array[:, :, None] for array in (latent, rotated, *scales)]
+    options = {"scales": tuple(one_head[2:]), "rotated": one_head[1], "rank": latent.shape[-1], "scale": scale}
+    return decode_hopper.decode(q, one_head[0], None, lengths, **options)[:, :heads]
 
 
 def decode(q: jax.Array, latent: jax.Array, lengths: jax.Array, *, rank: int, scale: float) -> jax.Array:

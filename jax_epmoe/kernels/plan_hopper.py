@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _DOWN = 64  # rows of a warpgroup's layout: a CTA's own pairs, or groups
 _ACROSS = 128  # pairs that they are compared with at a time
-_MOST_PAIRS = 2**11  # more are sorted sooner; numbers up to this times the groups are exact in float32
+_MOST_PAIRS = 2**12  # more are sorted sooner; numbers up to this times the groups are exact in float32
 _MOST_GROUPS = 2**11
 _MATRIX = plgpu.Layout.WGMMA
 _ROWS, _COLUMNS = _MATRIX.reduce(1), _MATRIX.reduce(0)
@@ -39,13 +39,17 @@ def order(ids: jax.Array, first: jax.Array | int, num_groups: int) -> tuple[jax.
     blocks, (chunks, rest) = pairs // _DOWN, divmod(num_groups, _DOWN)
     f32, i32 = jnp.float32, jnp.int32
 
-    def kernel(ids_gmem, first_gmem, sizes_gmem, row_pair_gmem, pair_row_gmem, numbers_smem):
+    def kernel(ids_gmem, first_gmem, sizes_gmem, row_pair_gmem, pair_row_gmem, ids_smem, numbers_smem, arrived):
         block = lax.axis_index("block")
+        plgpu.copy_gmem_to_smem(ids_gmem, ids_smem, arrived)
         first = first_gmem[0]
+        plgpu.barrier_wait(arrived)
 
         def load(start, count, layout):
-            """Numbers of groups, `num_groups` for none, and of pairs."""
-            ids = plgpu.load(ids_gmem.at[pl.ds(start, count)], layout=layout, optimized=False) - first
+            """Of `count` pairs, which divide 128, numbers of groups, `num_groups` for none, and of pairs."""
+            line = lax.div(start, i32(_ACROSS))
+            here = pl.ds(start - line * _ACROSS, count)
+            ids = plgpu.load(ids_smem.at[line, here], layout=layout, optimized=False) - first
             pair = plgpu.broadcasted_iota(i32, (count,), 0, layout=layout) + start
             return jnp.where((ids >= 0) & (ids < num_groups), ids, num_groups).astype(f32), pair.astype(f32)
 
@@ -54,44 +58,40 @@ def order(ids: jax.Array, first: jax.Array | int, num_groups: int) -> tuple[jax.
 
         def count(own, key_of, compare):
             """Of how many pairs, for each of `own [64]`, `compare(key_of(group, pair), own)`."""
+            own = along(own, 0)
 
             def body(i, total):
                 keys = along(key_of(*load(i * _ACROSS, _ACROSS, _COLUMNS)), 1)
-                ones = jnp.where(compare(keys, along(own, 0)), f32(1), f32(0))
-                return total + plgpu.layout_cast(jnp.sum(ones, axis=1), _ROWS)
+                return total + jnp.where(compare(keys, own), f32(1), f32(0))
 
-            zeros = plgpu.layout_cast(jnp.zeros((_DOWN,), f32), _ROWS)
-            return lax.fori_loop(0, pairs // _ACROSS, body, zeros)
+            zeros = plgpu.layout_cast(jnp.zeros((_DOWN, _ACROSS), f32), _MATRIX)
+            return jnp.sum(lax.fori_loop(0, pairs // _ACROSS, body, zeros), axis=1).astype(i32)
 
         @pl.when(block < blocks)
         def _order():
             start = block * _DOWN
             group, pair = load(start, _DOWN, _ROWS)
-            row = count(
-                group * pairs + pair, lambda group, pair: group * pairs + pair, lambda key, own: key < own
-            ).astype(i32)
+            row = count(group * pairs + pair, lambda group, pair: group * pairs + pair, lambda key, own: key < own)
             numbers_smem[...] = row
             plgpu.commit_smem()
-            here = pl.ds(start, _DOWN)
-            pair_row_gmem[here] = jnp.where(group < num_groups, row, pairs)
+            pair_row_gmem[pl.ds(start, _DOWN)] = jnp.where(group < num_groups, row, pairs)
 
             @pl.loop(0, _DOWN, unroll=8)
             def _scatter(i):
                 row_pair_gmem[numbers_smem[i]] = start + i
 
-        @pl.when(block <= chunks if rest else block < chunks)
+        @pl.when(block >= blocks)
         def _sizes():
-            start = block * _DOWN
+            start = (block - blocks) * _DOWN
             own = (plgpu.broadcasted_iota(i32, (_DOWN,), 0, layout=_ROWS) + start).astype(f32)
-            sizes = count(own, lambda group, _: group, lambda key, own: key == own).astype(i32)
+            sizes = count(own, lambda group, _: group, lambda key, own: key == own)
 
-            @pl.when(block < chunks)
+            @pl.when(block < blocks + chunks)
             def _whole():
                 sizes_gmem[pl.ds(start, _DOWN)] = sizes
 
-            @pl.when(block == chunks)
+            @pl.when(block == blocks + chunks)
             def _rest():
-                plgpu.commit_smem()  # the rows have been read
                 numbers_smem[...] = sizes
                 plgpu.commit_smem()
 
@@ -102,9 +102,9 @@ def order(ids: jax.Array, first: jax.Array | int, num_groups: int) -> tuple[jax.
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((count,), i32) for count in (num_groups, pairs, pairs)],
-        scratch_types=[plgpu.SMEM((_DOWN,), i32)],
-        grid=(max(blocks, chunks + bool(rest)),),
+        scratch_types=[plgpu.SMEM((pairs // _ACROSS, _ACROSS), i32), plgpu.SMEM((_DOWN,), i32), plgpu.Barrier()],
+        grid=(blocks + chunks + bool(rest),),
         grid_names=("block",),
         # What is written is read after `commit_smem`, which waits for the whole warpgroup.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(ids, jnp.asarray(first, i32).reshape(1))
+    )(ids.reshape(-1, _ACROSS), jnp.asarray(first, i32).reshape(1))

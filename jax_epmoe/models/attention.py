@@ -57,7 +57,7 @@ def causal_attention(
     (keys, k_scales), (values, v_scales) = kv_cache.stored(k), kv_cache.stored(v)
     (batch, length, _, dim), num_keys = q.shape, keys.shape[1]
     if cached and length == 1 and on_hopper() and decode_hopper.serves(q[:, 0], keys, values):
-        lengths = jnp.minimum(positions[:, 0] + 1, num_keys)
+        lengths = _lengths(positions, keys)
         scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
         decode = partial(decode_hopper.decode, scale=scale, sliding_window=sliding_window)
         return decode(q[:, 0], keys, values, lengths, sinks, scales)[:, None]
@@ -485,10 +485,8 @@ class MLA(Attention):
         if cache is not None:
             parts = (latent,) if len(cache) == 1 else (latent[..., :rank], latent[..., rank:])
             cache = tuple(kv_cache.write(*array, positions) for array in zip(cache, parts, strict=True))
-        if cached:
-            latent = jnp.concatenate([kv_cache.read(array, x.dtype) for array in cache], axis=-1)
         form = self._absorbed if x.shape[1] == 1 else self._expanded
-        out = form(q_nope, q_rope, latent, positions, cached)
+        out = form(q_nope, q_rope, cache if cached else (latent,), positions, cached, x.dtype)
         return self._output(out), cache
 
     def _queries(self, x: jax.Array) -> jax.Array:
@@ -496,29 +494,50 @@ class MLA(Attention):
             return linear(x, self.q, out_dtype=x.dtype)
         return linear(self.q_a_norm(linear(x, self.q_a)).astype(x.dtype), self.q_b, out_dtype=x.dtype)
 
-    def _expanded(self, q_nope, q_rope, latent, positions, cached):
-        """Keys and values of every head, from the latent `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
+    def _expanded(self, q_nope, q_rope, latents, positions, cached, dtype):
+        """Keys and values of every head, from the latents `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        latent = _whole(latents, dtype)
         kv = linear(latent[..., :rank], self.kv_b, out_dtype=latent.dtype)  # [B, L, local heads, nope + v]
         k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
         k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1).astype(latent.dtype)
         return causal_attention(q, k, kv[..., nope:], positions, self.scale, cached=cached)
 
-    def _absorbed(self, q_nope, q_rope, latent, positions, cached):
+    def _absorbed(self, q_nope, q_rope, latents, positions, cached, dtype):
         """The same product, regrouped: `q . (W_k c) = (W_k^T q) . c` and `sum p (W_v c) = W_v (sum p c)`."""
-        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        nope = self.config.qk_nope_head_dim
         w_k, w_v = self.kv_b[...][:, :nope], self.kv_b[...][:, nope:]  # [local heads, nope or v, kv_lora]
-        q_latent = _per_head("bsnd,ndr->bsnr", q_nope.astype(latent.dtype), w_k)
-        q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(latent.dtype)
-        if cached and on_hopper() and mla_hopper.serves(q[:, 0], latent, rank):
-            lengths = jnp.minimum(positions[:, 0] + 1, latent.shape[1])
-            out = mla_hopper.decode(q[:, 0], latent, lengths, rank=rank, scale=self.scale)[:, None]
-        else:
-            key_positions = _key_positions(*latent.shape[:2]) if cached else positions
-            shared = latent[:, :, None]  # one key head for all
-            out = attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
-        return _per_head("bsnr,ndr->bsnd", out, w_v).astype(latent.dtype)
+        q_latent = _per_head("bsnd,ndr->bsnr", q_nope.astype(dtype), w_k)
+        q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(dtype)
+        out = self._over_latents(q, latents, positions, cached)
+        return _per_head("bsnr,ndr->bsnd", out, w_v).astype(dtype)
+
+    def _over_latents(self, q, latents, positions, cached):
+        """All heads' `q [B, 1, local heads, kv_lora + rope]` over the latents, as one shared key head -> `[B, 1, local heads, kv_lora]`."""
+        rank, by_kernel = self.config.kv_lora_rank, cached and on_hopper()
+        if by_kernel and isinstance(latents[0], Float8Vectors):
+            values, rotated = latents
+            if mla_hopper.serves_float8(q[:, 0], values.data, rotated.data):
+                lengths, scales = _lengths(positions, values.data), (values.scales, rotated.scales)
+                arrays = q[:, 0], values.data, rotated.data, scales, lengths
+                return mla_hopper.decode_float8(*arrays, scale=self.scale)[:, None]
+        latent = _whole(latents, q.dtype)
+        if by_kernel and mla_hopper.serves(q[:, 0], latent, rank):
+            return mla_hopper.decode(q[:, 0], latent, _lengths(positions, latent), rank=rank, scale=self.scale)[:, None]
+        key_positions = _key_positions(*latent.shape[:2]) if cached else positions
+        shared = latent[:, :, None]
+        return attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
+
+
+def _whole(latents: Cache, dtype: jnp.dtype) -> jax.Array:
+    """`[B, L, kv_lora + rope]` in dtype."""
+    return jnp.concatenate([kv_cache.read(part, dtype) for part in latents], axis=-1)
+
+
+def _lengths(positions: jax.Array, cached: jax.Array) -> jax.Array:
+    """Of sequences whose last token is at `positions [B, 1]` of `cached [B, L, ...]`: `[B]`."""
+    return jnp.minimum(positions[:, 0] + 1, cached.shape[1])
 
 
 def _per_head(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -51,6 +51,11 @@ def stand_ins(monkeypatch):
     def decode_latents(q, latent, lengths, *, rank, scale):
         return attend_to(q, latent[:, :, None], latent[:, :, None, :rank], lengths, scale)
 
+    def decode_float8(q, latent, rotated, scales, lengths, *, scale):
+        parts = map(kv_cache.Float8Vectors, (latent, rotated), scales)
+        whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in parts], axis=-1)
+        return decode_latents(q, whole, lengths, rank=latent.shape[-1], scale=scale)
+
     def rotate_into_cache(*arrays, eps, dtype):
         assert eps == test_rope_hopper.EPS
         q, *caches = test_rope_hopper.expected(*arrays, dtype)
@@ -58,6 +63,7 @@ def stand_ins(monkeypatch):
 
     monkeypatch.setattr(decode_hopper, "decode", decode)
     monkeypatch.setattr(mla_hopper, "decode", decode_latents)
+    monkeypatch.setattr(mla_hopper, "decode_float8", decode_float8)
     monkeypatch.setattr(rope_hopper, "rotate_into_cache", rotate_into_cache)
     monkeypatch.setattr(attention, "ceilings", lambda torch: CEILINGS)
 
@@ -95,7 +101,9 @@ def test_bytes_by_hand():
     assert attention.bytes_moved(gqa, False) == q_and_out + of_lengths + vectors * 2 * 128
     assert attention.bytes_moved(gqa, True) == q_and_out + of_lengths + vectors * (128 + 4)
     assert attention.bytes_moved(window, False) == 2 * 64 * 64 * 64 * 2 + of_lengths + 2 * 64 * 128 * 8 * 2 * 64
-    assert attention.bytes_moved(mla, False) == 64 * 16 * (576 + 512) * 2 + of_lengths + 64 * 1024 * 576 * 2
+    of_heads, positions = 64 * 16 * (576 + 512) * 2 + of_lengths, 64 * 1024
+    assert attention.bytes_moved(mla, False) == of_heads + positions * 576 * 2
+    assert attention.bytes_moved(mla, True) == of_heads + positions * (576 + 2 * 4)
     q, qkv, table, norms = 64 * 32 * 128 * 2, 64 * 40 * 128 * 4, 64 * 128 * 4, 2 * 128 * 2
     assert attention.bytes_moved(rope, False) == qkv + table + of_lengths + norms + q + 2 * 64 * 4 * 128 * 2
     assert attention.bytes_moved(rope, True) == qkv + table + of_lengths + norms + q + 2 * 64 * 4 * (128 + 4)
@@ -109,7 +117,10 @@ def test_a_model_would_use_the_kernels_that_are_timed(case):
         if case.kind == "gqa":
             assert decode_hopper.serves(inputs[0], *values)
         elif case.kind == "mla":
-            assert mla_hopper.serves(inputs[0], values[0], RANK)
+            if name == "float8":
+                assert mla_hopper.serves_float8(inputs[0], *values)
+            else:
+                assert mla_hopper.serves(inputs[0], jax.eval_shape(attention._whole, cache), RANK)
         else:
             qkv, table, *_ = inputs
             q, k, _ = jax.eval_shape(partial(attention._split, case), qkv)
@@ -144,7 +155,7 @@ def test_a_run_writes_right_numbers_and_what_failed(stand_ins, monkeypatch, tmp_
     assert [(case["case"], case["kind"], case["window"], list(case["results"])) for case in result["cases"]] == [
         ("gqa-5x64-8/4x64", "gqa", None, ["ours", "float8", "float8 dequantised", "cudnn"]),
         ("gqa-5x64-8/4x64-window-9", "gqa", 9, ["ours", "float8"]),
-        ("mla-5x64-8", "mla", None, ["ours", "xla"]),
+        ("mla-5x64-8", "mla", None, ["ours", "float8", "float8 dequantised", "xla"]),
         ("rope-5x64-8/4x64", "rope", None, ["ours", "xla", "ours float8", "xla float8"]),
     ]
     for case in result["cases"]:
@@ -163,7 +174,7 @@ def test_a_run_writes_right_numbers_and_what_failed(stand_ins, monkeypatch, tmp_
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"wrote {output}"
     assert sum("WRONG" in line for line in lines) == 0
-    assert sum(line.startswith(tuple(case.name + " " for case in TINY)) for line in lines) == 12
+    assert sum(line.startswith(tuple(case.name + " " for case in TINY)) for line in lines) == 14
     assert "copy_gbs" in result["ceilings"]
 
 

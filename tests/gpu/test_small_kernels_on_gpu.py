@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import test_decode_hopper, test_rope_hopper, test_route_hopper
+from kernels import test_decode_hopper, test_mla_hopper, test_rope_hopper, test_route_hopper
 
 from jax_epmoe.config import MoEConfig
 from jax_epmoe.kernels import decode_hopper, device, mla_hopper, rope_hopper, route_hopper, rows, rows_hopper
@@ -151,6 +151,22 @@ def test_a_token_attends_to_a_float8_cache(batch, heads, kv_heads, dim, length, 
     written = jnp.arange(length)[:, None] < lengths[:, None, None]
     k, v = (dataclasses.replace(a, scales=jnp.where(written, a.scales, 0)) for a in (k, v))
     check_attention_of_a_token(q, k, v, lengths, sinks, sliding_window)
+
+
+@pytest.mark.parametrize(("batch", "heads", "length"), [(64, 16, 1024), (1, 16, 4096), (7, 5, 768), (300, 32, 128)])
+def test_a_token_attends_to_float8_latents(batch, heads, length):
+    q, latent, rotated = test_mla_hopper.float8_inputs(batch, heads, 512, 64, length)
+    lengths = random_lengths(batch, length)
+    written = jnp.arange(length) < lengths[:, None]
+    latent, rotated = (dataclasses.replace(a, scales=jnp.where(written, a.scales, 0)) for a in (latent, rotated))
+    arrays = q, latent.data, rotated.data, (latent.scales, rotated.scales), lengths
+    got, again = (mla_hopper.decode_float8(*arrays, scale=0.05) for _ in range(2))
+    whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in (latent, rotated)], axis=-1)[:, :, None]
+    places = attention._key_positions(batch, length)
+    wide = q[:, None].astype(jnp.float32)
+    expected = attention.attend(wide, whole, whole[..., :512], lengths[:, None] - 1, places, 0.05)
+    assert relative_error(got, expected[:, 0]) < 5e-3
+    assert bool(jnp.all(got == again))
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "float8"])

@@ -16,12 +16,10 @@ from jax_epmoe.models.attention import attend
 from jax_epmoe.quant import quantize
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    reset_gpu_interpret_mode_state()
-    multiply = plgpu.wgmma
+def wgmma_of_registers(multiply):
+    """`wgmma`, which the interpreter does not know of registers."""
 
-    def wgmma(accumulator, a, b):  # the interpreter's takes no registers
+    def wgmma(accumulator, a, b):
         def from_memory(ref):
             ref[...] = a
             multiply(accumulator, ref, b)
@@ -31,7 +29,13 @@ def interpreted(monkeypatch):
         else:
             multiply(accumulator, a, b)
 
-    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    return wgmma
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    reset_gpu_interpret_mode_state()
+    monkeypatch.setattr(plgpu, "wgmma", wgmma_of_registers(plgpu.wgmma))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield lambda num_sms: monkeypatch.setattr(decode_hopper, "num_sms", lambda: num_sms)
     jax.clear_caches()  # that number is no argument

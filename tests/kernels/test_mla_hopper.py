@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernels.test_decode_hopper import wgmma_of_registers
 
 from jax_epmoe.kernels import decode_hopper, decode_splits, mla_hopper, mla_hopper_many_heads
+from jax_epmoe.models import kv_cache
+from jax_epmoe.quant import quantize
 
 
 def expected(q, latent, lengths, rank, scale):
@@ -41,6 +44,44 @@ def interpreted(monkeypatch):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield functools.partial(set_num_sms, monkeypatch)
     reset_gpu_interpret_mode_state()
+
+
+def float8_inputs(batch: int, heads: int, rank: int, rotated: int, length: int):
+    """Queries, latents and rotated keys in float8, vectors of very different sizes."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def cached(size):
+        vectors = quantize(normal(batch, length, size) * jnp.exp2(2 * normal(batch, length, 1)), "token")
+        return kv_cache.Float8Vectors(jax.lax.bitcast_convert_type(vectors.values, jnp.uint8), vectors.scales)
+
+    return normal(batch, heads, rank + rotated).astype(jnp.bfloat16), cached(rank), cached(rotated)
+
+
+@pytest.mark.parametrize(("heads", "rank", "num_ctas"), [(16, 256, 3), (3, 128, 12)])
+def test_a_float8_cache_is_read_as_it_is(heads, rank, num_ctas, interpreted, monkeypatch):
+    interpreted(num_ctas)
+    monkeypatch.setattr(plgpu, "wgmma", wgmma_of_registers(plgpu.wgmma))
+    q, latent, rotated = float8_inputs(3, heads, rank, 64, 192)
+    lengths = jnp.array([1, 130, 192], jnp.int32)
+    assert mla_hopper.serves_float8(q, latent.data, rotated.data)
+    scales = latent.scales, rotated.scales
+    got = mla_hopper.decode_float8(q, latent.data, rotated.data, scales, lengths, scale=0.05)
+    whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in (latent, rotated)], axis=-1)
+    want = expected(q.astype(jnp.float32), whole, lengths, rank, 0.05)
+    assert np.linalg.norm(got.astype(jnp.float32) - want) < 5e-3 * np.linalg.norm(want)
+
+
+def test_a_float8_cache_lowers_for_cuda(monkeypatch):
+    set_num_sms(monkeypatch, 132)
+    q, data = jax.ShapeDtypeStruct((64, 16, 576), jnp.bfloat16), jax.ShapeDtypeStruct((64, 1024, 512), jnp.uint8)
+    rotated, scales = jax.ShapeDtypeStruct((64, 1024, 64), jnp.uint8), jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((64,), jnp.int32)
+    run = jax.jit(functools.partial(mla_hopper.decode_float8, scale=0.05))
+    text = run.trace(q, data, rotated, (scales, scales), lengths).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(
