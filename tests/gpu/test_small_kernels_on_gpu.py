@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import test_decode_hopper, test_mla_hopper, test_rope_hopper, test_route_hopper
+from kernels import test_decode_hopper, test_mla_hopper, test_plan_hopper, test_rope_hopper, test_route_hopper
 
 from jax_epmoe.config import MoEConfig
 from jax_epmoe.kernels import decode_hopper, device, mla_hopper, rope_hopper, route_hopper, rows, rows_hopper
@@ -63,6 +63,30 @@ def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local,
         got = rows.combine(y, plan.pair_row, weights, start, dtype)
         expected = rows._reference(jnp.float32, y, plan.pair_row, weights, start)
         np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=5e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("draw", ["uniform", "one", "zipf"])
+@pytest.mark.parametrize(
+    ("pairs", "experts", "first", "local"),
+    [
+        (512, 128, 0, 128),
+        (2048, 256, 64, 32),
+        (12288, 160, 20, 20),
+        (32768, 128, 0, 128),
+        (33024, 64, 0, 64),
+        (49152, 160, 140, 20),
+        (65536, 256, 0, 256),
+    ],
+)
+def test_pairs_are_ordered_as_by_a_stable_sort(pairs, experts, first, local, draw):
+    rng = np.random.default_rng(pairs)
+    ids = {
+        "uniform": lambda: rng.integers(0, experts, pairs),
+        "one": lambda: np.full(pairs, first + local - 1),
+        "zipf": lambda: np.minimum(rng.zipf(1.3, pairs) - 1, experts),
+    }[draw]()
+    for _ in range(3):
+        test_plan_hopper.check_order(ids, first, local)
 
 
 @pytest.mark.parametrize("tokens", [5000, 64, 1])
