@@ -137,7 +137,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 unit, x = floors[model, tokens, "EP8"], place + 0.4 * side - 0.2
                 axes.bar(x, us / unit, 0.38, color=color, label=layout)
                 axes.hlines(floor / unit, x - 0.19, x + 0.19, color="black", linewidth=1.5)
-                axes.annotate(f"{us:.0f}", (x, us / unit), (0, 2), textcoords="offset points", fontsize=8, ha="center")
+                above = max(us, floor) / unit  # no line through a figure
+                axes.annotate(f"{us:.0f}", (x, above), (0, 2), textcoords="offset points", fontsize=8, ha="center")
         axes.set_xticks(range(len(models)), models, rotation=20, ha="right", fontsize=8)
         axes.set_title(f"{tokens} tokens", fontsize=10)
         axes.margins(y=0.1)
