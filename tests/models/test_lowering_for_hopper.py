@@ -10,13 +10,13 @@ from flax import nnx
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
 from jax_epmoe.config import ClampedSwiGLU, GQAConfig, MLAConfig, ModelConfig, RopeConfig
-from jax_epmoe.kernels import decode_hopper, quantize, rows
+from jax_epmoe.kernels import decode_hopper, mla_hopper, quantize, rows
 from jax_epmoe.kernels.grouped_gemm import hopper, hopper_fp8
 from jax_epmoe.kernels.grouped_gemm.tuning import Tiling
 from jax_epmoe.models import attention
 from jax_epmoe.models.decoder import Decoder
 from jax_epmoe.models.projections import quantize_projections
-from jax_epmoe.moe import router
+from jax_epmoe.moe import plan, router
 from jax_epmoe.quant import FP8, NOT_QUANTIZED, Quantization
 
 GQA = ModelConfig(
@@ -43,7 +43,7 @@ LENGTH = 64
 
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
-    for module in (hopper, hopper_fp8, quantize, rows, router, attention):
+    for module in (hopper, hopper_fp8, quantize, rows, plan, router, attention):
         monkeypatch.setattr(module, "on_hopper", lambda: True)
     monkeypatch.setattr(attention, "compute_capability", lambda: 90)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -161,11 +161,12 @@ def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():
     def loss(state, x):
         return jnp.sum(nnx.merge(graphdef, state)(x).astype(jnp.float32))
 
-    for function, least in ((loss, 6), (jax.grad(loss, argnums=(0, 1), allow_int=True), 8)):
+    for function, least in ((loss, 8), (jax.grad(loss, argnums=(0, 1), allow_int=True), 10)):
         program = jax.jit(function).trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
         assert program.count("custom_call @mosaic_gpu") >= least
         assert "stablehlo.while" not in program, "some product was left to the definition in XLA"
         assert "@choose(" in program
+        assert "@order(" in program
 
 
 @pytest.mark.parametrize(
@@ -189,3 +190,21 @@ def test_a_token_s_attention_is_two_kernels_where_they_serve_it(
     assert ("stablehlo.scatter" in program) != has_rope_kernel
     assert ("call @decode(" in program) == has_decode_kernel
     assert ("fmha" in program) != has_decode_kernel
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "heads", "dequantised"), [(jnp.bfloat16, 16, False), (FP8, 16, False), (FP8, 128, True)]
+)
+def test_mla_s_cache_is_read_as_it_is_where_a_kernel_does(cache_dtype, heads, dequantised, monkeypatch):
+    for module in (decode_hopper, mla_hopper):
+        monkeypatch.setattr(module, "num_sms", lambda: 132)
+    config = MLAConfig(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+    new = {"mesh": make_mesh(), "dtype": jnp.bfloat16}
+    module = nnx.eval_shape(lambda: attention.MLA(config, MLA.rope, 256, rngs=nnx.Rngs(0), **new))
+    graphdef, state = nnx.split(module)
+    x, table = jax.ShapeDtypeStruct((4, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4, 1, 32), jnp.float32)
+    positions, cache = jax.ShapeDtypeStruct((4, 1), jnp.int32), module.abstract_cache(4, 192, cache_dtype)
+    run = jax.jit(lambda state, x, table, at, cache: nnx.merge(graphdef, state)(x, (table, table), at, cache))
+    program = run.trace(state, x, table, positions, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @mosaic_gpu" in program
+    assert ("tensor<4x192x512xbf16>" in program) == dequantised
