@@ -27,9 +27,8 @@ _NO_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 
 def serves(pairs: int, num_groups: int) -> bool:
-    """Whether `order` should take so many pairs, a multiple of 128, of more than 2048 one of 256, and groups."""
-    multiple, most_groups = (_ACROSS, 2**11) if pairs <= _FEW_PAIRS else (_CHUNK, 2**8)
-    return 0 < pairs <= _MOST_PAIRS and pairs % multiple == 0 and num_groups <= most_groups
+    """Whether `order` should take so many pairs and groups."""
+    return 0 < pairs <= _MOST_PAIRS and num_groups <= (2**11 if pairs <= _FEW_PAIRS else 2**8)
 
 
 # Under jit of its own, so that a model's layers share one trace and one compilation.
@@ -39,15 +38,21 @@ def order(ids: jax.Array, first: jax.Array | int, num_groups: int) -> tuple[jax.
 
     Args:
       ids: `[P]` int32, a number that it `serves`; those of the groups are `first` to `first + num_groups - 1`, all others come last.
-      first: an int32.
+      first: an int32, not negative.
       num_groups: how many groups there are.
 
     Returns:
       How many pairs each group has `[num_groups]`, the pair in each row `[P]`, and the row of each pair `[P]`, P where it is in no group;
       all int32.
     """
-    by = _by_comparing if ids.shape[0] <= _FEW_PAIRS else _by_counting
-    return by(ids, jnp.asarray(first, jnp.int32).reshape(1), num_groups)
+    (pairs,) = ids.shape
+    run, multiple = (_by_comparing, _ACROSS) if pairs <= _FEW_PAIRS else (_by_counting, _CHUNK)
+    padding = -pairs % multiple
+    ids = jnp.pad(ids, (0, padding), constant_values=-1)  # in no group, and after all others in none
+    sizes, row_pair, pair_row = run(ids, jnp.asarray(first, jnp.int32).reshape(1), num_groups)
+    if padding:
+        row_pair, pair_row = row_pair[:pairs], jnp.minimum(pair_row[:pairs], pairs)
+    return sizes, row_pair, pair_row
 
 
 def _by_comparing(ids: jax.Array, first: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -185,6 +190,7 @@ def _by_counting(ids: jax.Array, first: jax.Array, num_groups: int) -> tuple[jax
         for line in range(lines):
             groups_smem[pl.ds(line * _DOWN, _DOWN)] = group_of(ids_smem, line, first_gmem, _ROWS)
         plgpu.commit_smem()
+        # Pairs of no group come after all that are in one (as the highest group they would), and after earlier ones of none.
         of_none = (chunk * lines * _DOWN).astype(f32) - plgpu.layout_cast(jnp.sum(all_earlier, axis=1), _ROWS)
         comes_before = _along(column, 1, _DOWN) < _along(number.astype(f32), 0, _DOWN)
 
@@ -194,6 +200,7 @@ def _by_counting(ids: jax.Array, first: jax.Array, num_groups: int) -> tuple[jax
 
         @pl.loop(0, lines)
         def _line(line):
+            # From `ids_smem`: two layouts of one load, as of what `columns` reads below, are more than Mosaic infers.
             group = group_of(ids_smem, line, first_gmem, _ROWS)
             own = _along(group, 0, _DOWN)
 

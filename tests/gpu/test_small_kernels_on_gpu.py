@@ -69,8 +69,11 @@ def test_rows_go_to_their_experts_and_back(tokens, top_k, experts, first, local,
 @pytest.mark.parametrize(
     ("pairs", "experts", "first", "local"),
     [
+        (8, 64, 0, 64),
+        (192, 160, 20, 20),
         (512, 128, 0, 128),
         (2048, 256, 64, 32),
+        (8008, 128, 0, 128),
         (12288, 160, 20, 20),
         (32768, 128, 0, 128),
         (33024, 64, 0, 64),

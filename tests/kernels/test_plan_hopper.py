@@ -46,6 +46,8 @@ def interpreted():
         (128, 1, 0, 1),
         (128, 8, 8, 8),
         (128, 256, 64, 128),
+        (8, 16, 4, 4),
+        (150, 130, 0, 130),
     ],
 )
 def test_pairs_are_ordered_as_by_a_stable_sort(pairs, ids_below, first, num_groups, interpreted):
@@ -60,6 +62,7 @@ def test_pairs_are_ordered_as_by_a_stable_sort(pairs, ids_below, first, num_grou
         (512, 160, 20, 100, 128),
         (1280, 64, 0, 64, 2),  # five chunks: 512 does not divide the pairs
         (512, 8, 8, 8, 128),  # none is here
+        (1001, 40, 10, 20, 128),
     ],
 )
 def test_many_pairs_are_ordered_as_by_a_stable_sort(
@@ -72,7 +75,9 @@ def test_many_pairs_are_ordered_as_by_a_stable_sort(
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("pairs", "num_groups"), [(512, 128), (2048, 20), (49152, 20), (65536, 256)])
+@pytest.mark.parametrize(
+    ("pairs", "num_groups"), [(512, 128), (2048, 20), (49152, 20), (65536, 256), (8, 64), (8008, 128)]
+)
 def test_it_lowers_for_cuda(pairs, num_groups):
     ids = jax.ShapeDtypeStruct((pairs,), jnp.int32)
     first = jax.ShapeDtypeStruct((), jnp.int32)
@@ -81,9 +86,8 @@ def test_it_lowers_for_cuda(pairs, num_groups):
 
 def test_what_is_served():
     assert plan_hopper.serves(512, 128)
-    assert not plan_hopper.serves(576, 128)
-    assert not plan_hopper.serves(0, 8)
+    assert plan_hopper.serves(1, 2048)
     assert plan_hopper.serves(65536, 256)
-    assert not plan_hopper.serves(65536, 257)
-    assert not plan_hopper.serves(2048 + 128, 8)
-    assert not plan_hopper.serves(131072, 8)
+    assert not plan_hopper.serves(0, 8)
+    assert not plan_hopper.serves(4096, 257)
+    assert not plan_hopper.serves(65537, 8)
