@@ -42,7 +42,6 @@ from jax_epmoe.models import kv_cache
 from jax_epmoe.models.attention import attend
 from jax_epmoe.models.blocks import rotate
 from jax_epmoe.models.kv_cache import Cached, Float8Vectors
-from jax_epmoe.quant import quantize
 from jax_epmoe.tune import UNTUNED
 
 DTYPE = jnp.bfloat16
@@ -168,7 +167,7 @@ def draw(case: Case, float8: bool, copy: int) -> tuple[Inputs, Cache]:
         return normal(16 * copy + next(seeds), shape)
 
     def cached(*shape: int) -> Cached:
-        return _in_float8(random(*shape)) if float8 else random(*shape)
+        return jax.jit(kv_cache.in_float8)(random(*shape)) if float8 else random(*shape)
 
     batch, dim, lengths = case.batch, case.dim, jnp.full(case.batch, case.length, jnp.int32)
     if case.kind == "mla":
@@ -180,12 +179,6 @@ def draw(case: Case, float8: bool, copy: int) -> tuple[Inputs, Cache]:
     qkv = random(batch, case.heads + 2 * case.kv_heads, dim).astype(jnp.float32)
     angles = random(batch, dim // 2).astype(jnp.float32)
     return (qkv, (jnp.cos(angles), jnp.sin(angles)), lengths - 1, (random(dim), random(dim))), cache
-
-
-@jax.jit
-def _in_float8(vectors: jax.Array) -> Float8Vectors:
-    quantized = quantize(vectors, "token")
-    return Float8Vectors(jax.lax.bitcast_convert_type(quantized.values, jnp.uint8), quantized.scales)
 
 
 def decode(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
@@ -207,19 +200,13 @@ def cudnn(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
 
 def decode_latents(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
     q, lengths = inputs
-    return mla_hopper.decode(q, _whole(cache), lengths, rank=RANK, scale=case.scale)
+    return mla_hopper.decode(q, kv_cache.read_latents(tuple(cache), DTYPE), lengths, rank=RANK, scale=case.scale)
 
 
 def decode_float8_latents(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:
     (q, lengths), (latent, rotated) = inputs, cache
     scales = latent.scales, rotated.scales
     return mla_hopper.decode_float8(q, latent.data, rotated.data, scales, lengths, scale=case.scale)
-
-
-def _whole(cache: Cache) -> jax.Array:
-    """MLA's keys `[B, L, LATENT]`; of a float8 cache in bfloat16."""
-    parts = [kv_cache.read(each, DTYPE) for each in cache]
-    return jnp.concatenate(parts, axis=-1)
 
 
 def attend_in_xla(case: Case, inputs: Inputs, cache: Cache) -> jax.Array:

@@ -77,7 +77,7 @@ def decode(
       sinks: `[heads]`: a score more in each head's softmax, of a key whose value is zero; None: there are none.
       scales: of keys and values in float8, `[B, L, kv_heads]` float32 each, positive where there are positions; without v, of k
         and `rotated`.
-      rotated: in float8 without v, as bytes too: the keys' numbers after the first `rank`, `[B, L, kv_heads, R]`, R 64 or 128; k is then `rank` wide.
+      rotated: in float8 without v, as bytes too: the keys' numbers after the first `rank`, `[B, L, kv_heads, 64]`; k is then `rank` wide.
       scale: multiplies the scores.
       rank: how many, without v.
       sliding_window: how many last positions a query sees; None: all. What is before them is not read.

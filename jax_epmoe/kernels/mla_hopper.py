@@ -32,7 +32,7 @@ def serves(q: jax.Array, latent: jax.Array, rank: int) -> bool:
 
 
 def serves_float8(q: jax.Array, latent: jax.Array, rotated: jax.Array) -> bool:
-    """Whether `decode_float8` should compute it: of few heads, q bfloat16 or float16, L a multiple of 64, sizes multiples of 64."""
+    """Whether `decode_float8` should compute it: of few heads, q bfloat16 or float16, L and rank multiples of 64, 64 numbers rotated."""
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
         and latent.dtype == rotated.dtype == jnp.uint8
@@ -40,7 +40,7 @@ def serves_float8(q: jax.Array, latent: jax.Array, rotated: jax.Array) -> bool:
         and latent.shape[1] % POSITIONS == 0
         and latent.shape[-1] % 64 == 0
         and latent.shape[-1] <= 512
-        and rotated.shape[-1] in (64, 128)
+        and rotated.shape[-1] == 64
         and q.size > 0
         and latent.size > 0
     )
@@ -58,9 +58,9 @@ def decode_float8(
     """`decode` over a cache in float8, which is read as it is.
 
     Args:
-      q: `[B, heads, rank + R]`, with the cache one that `serves_float8`.
+      q: `[B, heads, rank + 64]`, with the cache one that `serves_float8`.
       latent: `[B, L, rank]`, float8_e4m3fn as bytes (uint8); its values are all of it.
-      rotated: `[B, L, R]`, the same: the rotated part of the keys.
+      rotated: `[B, L, 64]`, the same: the rotated part of the keys.
       scales: of both, `[B, L]` float32 each, positive where there are positions.
       lengths, scale: as `decode`'s.
 

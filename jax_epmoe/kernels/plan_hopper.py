@@ -121,7 +121,6 @@ def _by_counting(ids: jax.Array, first: jax.Array, num_groups: int) -> tuple[jax
     f32, i32 = jnp.float32, jnp.int32
     operands = ids.reshape(chunks, lines, _DOWN), first
     ids_smem, numbers_smem = plgpu.SMEM((lines, _DOWN), i32), plgpu.SMEM((_DOWN,), i32)
-    by_group = jax.ShapeDtypeStruct((tiles * _DOWN, blocks * _DOWN), f32)
 
     def group_of(ids_smem, line, first_gmem, layout):
         return _group_of(plgpu.load(ids_smem.at[line], layout=layout, optimized=False) - first_gmem[0], num_groups)
@@ -146,7 +145,7 @@ def _by_counting(ids: jax.Array, first: jax.Array, num_groups: int) -> tuple[jax
 
     counts = plgpu.kernel(
         count_kernel,
-        out_type=by_group,
+        out_type=jax.ShapeDtypeStruct((tiles * _DOWN, blocks * _DOWN), f32),
         scratch_types=[ids_smem, plgpu.Barrier()],
         grid=(chunks, blocks),
         grid_names=("chunk", "block"),

@@ -497,7 +497,7 @@ class MLA(Attention):
     def _expanded(self, q_nope, q_rope, latents, positions, cached, dtype):
         """Keys and values of every head, from the latents `[B, L, kv_lora + rope]`: cheaper where many queries share them."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        latent = _whole(latents, dtype)
+        latent = kv_cache.read_latents(latents, dtype)
         kv = linear(latent[..., :rank], self.kv_b, out_dtype=latent.dtype)  # [B, L, local heads, nope + v]
         k_rope = jnp.broadcast_to(latent[..., None, rank:], (*kv.shape[:3], latent.shape[-1] - rank))
         k = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)
@@ -522,17 +522,12 @@ class MLA(Attention):
                 lengths, scales = _lengths(positions, values.data), (values.scales, rotated.scales)
                 arrays = q[:, 0], values.data, rotated.data, scales, lengths
                 return mla_hopper.decode_float8(*arrays, scale=self.scale)[:, None]
-        latent = _whole(latents, q.dtype)
+        latent = kv_cache.read_latents(latents, q.dtype)
         if by_kernel and mla_hopper.serves(q[:, 0], latent, rank):
             return mla_hopper.decode(q[:, 0], latent, _lengths(positions, latent), rank=rank, scale=self.scale)[:, None]
         key_positions = _key_positions(*latent.shape[:2]) if cached else positions
         shared = latent[:, :, None]
         return attend(q, shared, shared[..., :rank], positions, key_positions, self.scale)
-
-
-def _whole(latents: Cache, dtype: jnp.dtype) -> jax.Array:
-    """`[B, L, kv_lora + rope]` in dtype."""
-    return jnp.concatenate([kv_cache.read(part, dtype) for part in latents], axis=-1)
 
 
 def _lengths(positions: jax.Array, cached: jax.Array) -> jax.Array:

@@ -69,9 +69,17 @@ def write(cached: Cached, new: jax.Array, positions: jax.Array) -> Cached:
     """Puts `new [B, S, ...]` at `positions [B, S]` of `cached [B, L, ...]`; positions past L are dropped."""
     if not isinstance(cached, Float8Vectors):
         return _scatter(cached, new.astype(cached.dtype), positions)
-    vectors = quantize(new, "token")
-    data = _scatter(cached.data, jax.lax.bitcast_convert_type(vectors.values, jnp.uint8), positions)
-    return Float8Vectors(data, _scatter(cached.scales, vectors.scales, positions))
+    vectors = in_float8(new)
+    data, scales = (
+        _scatter(*pair, positions) for pair in ((cached.data, vectors.data), (cached.scales, vectors.scales))
+    )
+    return Float8Vectors(data, scales)
+
+
+def in_float8(vectors: jax.Array) -> Float8Vectors:
+    """`[B, L, ..., D]` as a float8 cache has them."""
+    quantized = quantize(vectors, "token")
+    return Float8Vectors(jax.lax.bitcast_convert_type(quantized.values, jnp.uint8), quantized.scales)
 
 
 def _scatter(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -90,3 +98,8 @@ def read(cached: Cached, dtype: jax.typing.DTypeLike) -> jax.Array:
         return cached
     values = jax.lax.bitcast_convert_type(cached.data, FP8)
     return dequantize(QuantizedArray(values, cached.scales, "token"), dtype)
+
+
+def read_latents(parts: Cache, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`[B, L, D]`, of MLA's latents, which a float8 cache has in two parts; as `read` does."""
+    return jnp.concatenate([read(part, dtype) for part in parts], axis=-1)

@@ -53,7 +53,7 @@ def stand_ins(monkeypatch):
 
     def decode_float8(q, latent, rotated, scales, lengths, *, scale):
         parts = map(kv_cache.Float8Vectors, (latent, rotated), scales)
-        whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in parts], axis=-1)
+        whole = kv_cache.read_latents(tuple(parts), jnp.float32)
         return decode_latents(q, whole, lengths, rank=latent.shape[-1], scale=scale)
 
     def rotate_into_cache(*arrays, eps, dtype):
@@ -120,7 +120,9 @@ def test_a_model_would_use_the_kernels_that_are_timed(case):
             if name == "float8":
                 assert mla_hopper.serves_float8(inputs[0], *values)
             else:
-                assert mla_hopper.serves(inputs[0], jax.eval_shape(attention._whole, cache), RANK)
+                assert mla_hopper.serves(
+                    inputs[0], jax.eval_shape(partial(kv_cache.read_latents, dtype=attention.DTYPE), tuple(cache)), RANK
+                )
         else:
             qkv, table, *_ = inputs
             q, k, _ = jax.eval_shape(partial(attention._split, case), qkv)

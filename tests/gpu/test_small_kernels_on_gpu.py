@@ -188,7 +188,7 @@ def test_a_token_attends_to_float8_latents(batch, heads, length):
     latent, rotated = (dataclasses.replace(a, scales=jnp.where(written, a.scales, 0)) for a in (latent, rotated))
     arrays = q, latent.data, rotated.data, (latent.scales, rotated.scales), lengths
     got, again = (mla_hopper.decode_float8(*arrays, scale=0.05) for _ in range(2))
-    whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in (latent, rotated)], axis=-1)[:, :, None]
+    whole = kv_cache.read_latents((latent, rotated), jnp.float32)[:, :, None]
     places = attention._key_positions(batch, length)
     wide = q[:, None].astype(jnp.float32)
     expected = attention.attend(wide, whole, whole[..., :512], lengths[:, None] - 1, places, 0.05)

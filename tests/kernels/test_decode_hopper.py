@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_epmoe.kernels import decode_hopper
 from jax_epmoe.models import kv_cache
 from jax_epmoe.models.attention import attend
-from jax_epmoe.quant import quantize
 
 
 def wgmma_of_registers(multiply):
@@ -53,8 +52,7 @@ def inputs(batch: int, heads: int, kv_heads: int, dim: int, length: int, dtype, 
         vectors = normal(batch, length, kv_heads, dim)
         if not fp8:
             return vectors
-        vectors = quantize(vectors * jnp.exp2(2 * normal(batch, length, kv_heads, 1)), "token")
-        return kv_cache.Float8Vectors(jax.lax.bitcast_convert_type(vectors.values, jnp.uint8), vectors.scales)
+        return kv_cache.in_float8(vectors * jnp.exp2(2 * normal(batch, length, kv_heads, 1)))
 
     return normal(batch, heads, dim), cached(), cached(), normal(heads)
 

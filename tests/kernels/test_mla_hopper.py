@@ -12,7 +12,6 @@ from kernels.test_decode_hopper import wgmma_of_registers
 
 from jax_epmoe.kernels import decode_hopper, decode_splits, mla_hopper, mla_hopper_many_heads
 from jax_epmoe.models import kv_cache
-from jax_epmoe.quant import quantize
 
 
 def expected(q, latent, lengths, rank, scale):
@@ -54,22 +53,24 @@ def float8_inputs(batch: int, heads: int, rank: int, rotated: int, length: int):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def cached(size):
-        vectors = quantize(normal(batch, length, size) * jnp.exp2(2 * normal(batch, length, 1)), "token")
-        return kv_cache.Float8Vectors(jax.lax.bitcast_convert_type(vectors.values, jnp.uint8), vectors.scales)
+        return kv_cache.in_float8(normal(batch, length, size) * jnp.exp2(2 * normal(batch, length, 1)))
 
     return normal(batch, heads, rank + rotated).astype(jnp.bfloat16), cached(rank), cached(rotated)
 
 
-@pytest.mark.parametrize(("heads", "rank", "num_ctas"), [(16, 256, 3), (3, 128, 12)])
-def test_a_float8_cache_is_read_as_it_is(heads, rank, num_ctas, interpreted, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "rank", "num_ctas", "dtype"), [(16, 256, 3, jnp.bfloat16), (3, 128, 12, jnp.float16)]
+)
+def test_a_float8_cache_is_read_as_it_is(heads, rank, num_ctas, dtype, interpreted, monkeypatch):
     interpreted(num_ctas)
     monkeypatch.setattr(plgpu, "wgmma", wgmma_of_registers(plgpu.wgmma))
     q, latent, rotated = float8_inputs(3, heads, rank, 64, 192)
-    lengths = jnp.array([1, 130, 192], jnp.int32)
+    q, lengths = q.astype(dtype), jnp.array([1, 130, 192], jnp.int32)
     assert mla_hopper.serves_float8(q, latent.data, rotated.data)
     scales = latent.scales, rotated.scales
     got = mla_hopper.decode_float8(q, latent.data, rotated.data, scales, lengths, scale=0.05)
-    whole = jnp.concatenate([kv_cache.read(part, jnp.float32) for part in (latent, rotated)], axis=-1)
+    assert got.dtype == dtype
+    whole = kv_cache.read_latents((latent, rotated), jnp.float32)
     want = expected(q.astype(jnp.float32), whole, lengths, rank, 0.05)
     assert np.linalg.norm(got.astype(jnp.float32) - want) < 5e-3 * np.linalg.norm(want)
 
