@@ -168,11 +168,18 @@ def multiply(
 ) -> Any:
     """`grouped_gemm` of arrays, or of quantised ones; with `gated`, half of w's n is gate's and half up's."""
     if gated:
-        w = jax.tree.map(lambda array: array.reshape(len(array), 2, array.shape[1] // 2, *array.shape[2:]), w)
+        w = jax.tree.map(_gate_and_up, w)
     options: dict[str, Any] = {"row_index": index, "activation": "silu" if gated else None, "backend": backend}
     if isinstance(x, QuantizedArray):
         return grouped_gemm(x.values, w.values, sizes, x_scale=x.scales, w_scale=w.scales, **options)
     return grouped_gemm(x, w, sizes, **options)
+
+
+def _gate_and_up(array: jax.Array) -> jax.Array:
+    """Values or scales of `[experts, n, k]` for `[experts, 2, n / 2, k]`; both halves get a scale that the whole matrix has."""
+    if array.ndim == 1:
+        return jnp.broadcast_to(array[:, None], (len(array), 2))
+    return array.reshape(len(array), 2, array.shape[1] // 2, *array.shape[2:])
 
 
 def ours(shape: Shape) -> list[Candidate]:

@@ -34,6 +34,8 @@ _ROUTING: dict[str, dict[str, Any]] = {
 MODELS = {name: dataclasses.replace(SIZES[name], **routing) for name, routing in _ROUTING.items()}
 TOKENS = (8192, 32768, 64, 256)
 LOADS = ("balanced", "zipf", "worst")
+# A dynamic scale a tensor is over all of a layer's rows, which samples of them are not checked against.
+QUANTIZATIONS = ("fp8-block", "fp8-channel", "fp8-tensor-static")
 _ELEMENT = 2  # bytes, bfloat16
 
 
@@ -61,7 +63,7 @@ def layouts(model: str, quantize: str | None = None) -> tuple[Layout, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One rank's layer for a number of tokens; `quantize`: the format of its experts, one of `roofline.QUANTIZATIONS`, or None."""
+    """One rank's layer for a number of tokens; `quantize`: the format of its experts, one of `QUANTIZATIONS`, or None."""
 
     model: str
     layout: Layout

@@ -52,7 +52,7 @@ from jax_epmoe.moe.experts import run_experts
 from jax_epmoe.moe.gated_mlp import GatedMLP
 from jax_epmoe.moe.plan import make_plan
 from jax_epmoe.moe.router import route
-from jax_epmoe.quant import FORMATS, Format, QuantizedWeights, quantize
+from jax_epmoe.quant import FORMATS, FP8_MAX, Format, QuantizedWeights, quantize
 from jax_epmoe.tune import UNTUNED
 
 DTYPE = jnp.bfloat16
@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--loads", nargs="+", choices=LOADS)
     parser.add_argument("--layouts", nargs="+", choices=[layout.name for layout in LAYOUTS], help="default: all")
-    parser.add_argument("--quantize", choices=roofline.QUANTIZATIONS, help="the experts' format; default: bfloat16")
+    parser.add_argument("--quantize", choices=layers.QUANTIZATIONS, help="the experts' format; default: bfloat16")
     parser.add_argument("--quick", action="store_true", help="8192 and 64 tokens, balanced")
     parser.add_argument("--add", action="store_true", help="to what the output file holds; what it has is left out")
     parser.add_argument("--no-peers", action="store_true")
@@ -129,11 +129,12 @@ class Weights:
         copies = min(4, math.ceil(_UNCACHED_BYTES / case.weight_bytes))
         up, down = (case.experts, 2, case.inner, config.hidden_size), (case.experts, config.hidden_size, case.inner)
 
-        def weights(seed: int, shape: tuple[int, ...]) -> jax.Array | QuantizedWeights:
+        def weights(seed: int, shape: tuple[int, ...], largest_input: float) -> jax.Array | QuantizedWeights:
             w = normal(seed, shape, shape[-1] ** -0.5)
-            return _quantize(w, FORMATS[case.quantize]) if case.quantize else w.astype(DTYPE)
+            return _quantize(w, FORMATS[case.quantize], largest_input) if case.quantize else w.astype(DTYPE)
 
-        self.experts = [(weights(2 * i, up), weights(2 * i + 1, down)) for i in range(copies)]
+        # Inputs are normal numbers and router logits, both below 8, and then silu of such a number times another.
+        self.experts = [(weights(2 * i, up, 8), weights(2 * i + 1, down, 32)) for i in range(copies)]
         # The first E numbers of a token are its logits, but for a little of all the others.
         identity = jnp.eye(config.num_experts, config.hidden_size)
         noise = 1e-3 * normal(9, (config.num_experts, config.hidden_size)).astype(jnp.float32)
@@ -173,9 +174,11 @@ def _route(x: jax.Array, router: tuple[jax.Array, jax.Array | None], config: MoE
     return route(x, *router, config)
 
 
-@partial(jax.jit, static_argnums=1)
-def _quantize(w: jax.Array, format: Format) -> QuantizedWeights:
-    return QuantizedWeights(quantize(w, format.weights), None, format)
+@partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: jax.Array, format: Format, largest_input: float) -> QuantizedWeights:
+    """`largest_input`: of what they are multiplied with, for static scales."""
+    input_scales = jnp.full(len(w), largest_input / FP8_MAX) if format.static else None
+    return QuantizedWeights(quantize(w, format.weights), input_scales, format)
 
 
 # XLA leaves out a rounding to float8 and back where it may: then the numbers would be those of another layer.

@@ -11,7 +11,8 @@ from jax_epmoe.quant import QuantizedArray, dequantize
 def rows_of(x: jax.Array | QuantizedArray, index: jax.Array) -> jax.Array:
     """Rows of `x [rows, k]`, in float32."""
     if isinstance(x, QuantizedArray):
-        return dequantize(QuantizedArray(x.values[index], x.scales[..., index], x.granularity))
+        scales = x.scales if x.granularity == "tensor" else x.scales[..., index]
+        return dequantize(QuantizedArray(x.values[index], scales, x.granularity))
     return x[index].astype(jnp.float32)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOADS = ("dirichlet", "balanced", "one-hot")
-QUANTIZATIONS = ("fp8-block", "fp8-channel")  # those of `jax_epmoe.quant.FORMATS` that are measured
+QUANTIZATIONS = ("fp8-block", "fp8-channel", "fp8-tensor")  # those of `jax_epmoe.quant.FORMATS` that products and models are measured in
 OURS, GATED, GATHER, DENSE = "ours", "ours gated", "ours gather", "dense (jnp.dot)"
 TORCH, DEEPGEMM, MGPU, TOKAMAX, RAGGED_DOT, TRITON = (
     "torch._grouped_mm", "DeepGEMM", "jax ragged_dot_mgpu", "tokamax", "lax.ragged_dot", "ours in Triton",
@@ -191,10 +191,13 @@ def operand_bytes(rows: int, k: int, quantize: str | None, *, weights: bool = Fa
     """Of `[rows, k]` activations, or of an expert's weights (their rows are its output channels), scales included."""
     if quantize is None:
         return _ELEMENT * rows * k
-    scales = rows
-    if quantize == "fp8-block":
-        scales = -(-rows // (_BLOCK if weights else 1)) * -(-k // _BLOCK)
-    return rows * k + 4 * scales
+    scales = {
+        "fp8-block": -(-rows // (_BLOCK if weights else 1)) * -(-k // _BLOCK),
+        "fp8-channel": rows,
+        "fp8-tensor": 1,
+        "fp8-tensor-static": 1,
+    }
+    return rows * k + 4 * scales[quantize]
 
 
 def rotation(shape: Shape, sizes: np.ndarray) -> list[np.ndarray]:

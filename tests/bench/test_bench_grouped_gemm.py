@@ -112,7 +112,7 @@ def test_a_run_writes_right_numbers_and_says_what_failed(tiny, monkeypatch, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["fp8-block", "fp8-channel"])
+@pytest.mark.parametrize("quantize", ["fp8-block", "fp8-channel", "fp8-tensor"])
 def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
     monkeypatch.setitem(roofline.MODELS, "tiny", roofline.Model(384, 128, 4, 2))
     output = tmp_path / "result.json"
@@ -134,9 +134,10 @@ def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, 
             assert case["results"][name]["device_us"] > 0
         assert case["results"][SCALED]["failed"]
     up = result["cases"][0]
-    sizes, scales = np.array(up["group_sizes"]), {"fp8-block": (3, 2 * 3), "fp8-channel": (1, 256)}[quantize]
+    sizes = np.array(up["group_sizes"])
+    scales = {"fp8-block": (32 * 3, 2 * 3), "fp8-channel": (32, 256), "fp8-tensor": (1, 1)}[quantize]
     weights = np.count_nonzero(sizes) * (256 * 384 + 4 * scales[1])
-    assert up["results"][OURS]["bytes"] == 32 * (384 + 4 * scales[0]) + weights + 2 * 32 * 256
+    assert up["results"][OURS]["bytes"] == 32 * 384 + 4 * scales[0] + weights + 2 * 32 * 256
     assert f"{quantize}; ceilings" in capsys.readouterr().out
 
 

@@ -133,7 +133,9 @@ def test_a_second_run_adds_what_the_first_left_out(tiny, monkeypatch, tmp_path):
     assert [(case["layout"], case["load"]) for case in both[2:]] == [("EP8", "worst"), ("TP8", "worst")]
 
 
-@pytest.mark.parametrize("quantize", ["fp8-block", pytest.param("fp8-channel", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quantize", ["fp8-block", *(pytest.param(name, marks=pytest.mark.slow) for name in layers.QUANTIZATIONS[1:])]
+)
 def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, tmp_path, capsys, quantize):
     monkeypatch.setitem(layers.MODELS, "deepseek-tiny", dataclasses.replace(CONFIG, intermediate_size=128))
     output = tmp_path / "result.json"
@@ -141,9 +143,7 @@ def test_a_quantised_run_writes_right_numbers_and_its_format(tiny, monkeypatch, 
     run(arguments_of(monkeypatch, *common, quantize, "--loads", "zipf"))
     result = json.loads(output.read_text())
     assert result["quantize"] == quantize
-    assert [case["layout"] for case in result["cases"]] == {
-        "fp8-block": ["EP8"], "fp8-channel": ["EP8", "TP8"],
-    }[quantize]  # fmt: skip
+    assert [case["layout"] for case in result["cases"]] == (["EP8"] if quantize == "fp8-block" else ["EP8", "TP8"])
     for case in result["cases"]:
         ours = case["results"][OURS]
         assert ours["error"] < layer_tables.TOLERANCE, (case["layout"], ours["error"])

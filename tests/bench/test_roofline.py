@@ -70,8 +70,8 @@ def test_work_counts_used_experts_once(tiny):
 
 @pytest.mark.parametrize(
     ("quantize", "x_scales", "w_scales"),
-    [("fp8-block", 2 * 2, 2 * 2), ("fp8-channel", 2, 200)],
-    ids=["block", "channel"],
+    [("fp8-block", 2 * 2, 2 * 2), ("fp8-channel", 2, 200), ("fp8-tensor", 1, 1)],
+    ids=["block", "channel", "tensor"],
 )
 def test_quantised_work_counts_scales(quantize, x_scales, w_scales):
     sizes = np.array([2, 0], np.int32)
@@ -79,7 +79,8 @@ def test_quantised_work_counts_scales(quantize, x_scales, w_scales):
     w_bytes = 192 * 200 + 4 * w_scales
     assert todo == Work(flops=2 * 2 * 192 * 200, bytes=2 * 192 + 4 * x_scales + w_bytes + 2 * 2 * 200)
     quantized_out = roofline.product_work(sizes, 192, 200, gated=True, quantize=quantize, quantize_out=True)
-    assert quantized_out.bytes == 2 * 192 + 4 * x_scales + w_bytes + 2 * 100 + 4 * 2  # 100 columns: one scale a row
+    out_scales = 1 if quantize == "fp8-tensor" else 2  # 100 columns: one scale a row, in blocks too
+    assert quantized_out.bytes == 2 * 192 + 4 * x_scales + w_bytes + 2 * 100 + 4 * out_scales
     assert roofline.product_work(sizes, 192, 200, quantize_out=True) == roofline.product_work(sizes, 192, 200)
 
 
