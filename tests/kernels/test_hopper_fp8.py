@@ -117,13 +117,44 @@ def test_a_gates_output_is_quantised_where_it_was_summed(monkeypatch, tiling):
     assert np.mean(got.values[:valid] != np.asarray(expected.values)[:valid]) < 1e-3
 
 
-@pytest.mark.parametrize("granularity", ["group", "token", "tensor"])
-def test_the_output_is_quantised_from_its_float32_values(granularity):
-    x, w, sizes, _ = make_inputs(gated=True, sizes=(60, 8, 60))
-    out_scale = jnp.array([0.01, 0.02, 0.03]) if granularity == "tensor" else None
-    options = {"activation": "silu", "out_dtype": jnp.bfloat16, "quantize_out": granularity, "out_scale": out_scale}
+@pytest.mark.parametrize("kinds", [KINDS["tensor"], KINDS["channel"]], ids=["tensor", "channel"])
+@pytest.mark.parametrize(
+    "tiling",
+    [hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True, quantizes=True), LOW],
+    ids=["large", "operands swapped"],
+)
+def test_a_gates_output_is_quantised_by_its_experts_scale_where_it_was_summed(monkeypatch, tiling, kinds):
+    def refuse(*args):
+        raise AssertionError("rows are quantised in a kernel of their own")
+
+    monkeypatch.setattr(hopper_fp8, "_quantize_rows", refuse)
+    x, w, sizes, _ = make_inputs(kinds=kinds, gated=True, sizes=(3, 0, 67), rows=77, k=160, n=384)
+    out_scale = jnp.array([2.0, 50.0, 3.0])  # the interpreter does not saturate
+    options = {"activation": "silu", "out_dtype": jnp.bfloat16, "quantize_out": "tensor", "out_scale": out_scale}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = jax.tree.map(np.asarray, run(hopper_fp8.quantized_matmul, x, w, sizes, tiling=tiling, **options))
+    expected = run(reference.quantized_matmul, x, w, sizes, **options)
+    valid = int(sizes.sum())
+    assert (got.granularity, got.values.shape) == ("token", (77, 384))
+    np.testing.assert_array_equal(got.scales, expected.scales)
+    assert np.mean(got.values[:valid] != np.asarray(expected.values)[:valid]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("granularity", "out_scale"),
+    [("group", None), ("token", None), ("tensor", None), ("tensor", (1.0, 2.0, 3.0))],
+    ids=["group", "token", "tensor", "an expert's own"],
+)
+@pytest.mark.parametrize("n", [128, 136])  # which is quantised by a kernel, and by XLA
+def test_the_output_is_quantised_from_its_float32_values(monkeypatch, granularity, out_scale, n):
+    monkeypatch.setattr(quantize_hopper, "num_sms", lambda: 1)
+    x, w, sizes, _ = make_inputs(n=n, gated=n == 136, sizes=(60, 8, 60))
+    out_scale = None if out_scale is None else jnp.array(out_scale)
+    options = {"out_dtype": jnp.bfloat16, "quantize_out": granularity, "out_scale": out_scale}
+    options["activation"] = "silu" if n == 136 else None
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        got = run(hopper_fp8.quantized_matmul, x, w, sizes, tiling=LOW, **options)
+        # One program: the interpreter can wait for ever where one kernel is dispatched while another runs.
+        got = jax.jit(lambda x, w: run(hopper_fp8.quantized_matmul, x, w, sizes, tiling=LOW, **options))(x, w)
         got = jax.tree.map(np.asarray, got)
     expected = run(reference.quantized_matmul, x, w, sizes, **options)
     assert got.granularity == expected.granularity
@@ -139,6 +170,9 @@ def test_the_output_is_quantised_from_its_float32_values(granularity):
         (6144, 20, 1536, 5120, False, KINDS["block"], None),
         (192, 20, 5120, 1536, True, KINDS["block"], "group"),
         (512, 128, 768, 2048, False, KINDS["channel"], None),
+        (512, 128, 2048, 768, True, KINDS["channel"], "token"),
+        (6144, 20, 5120, 1536, True, KINDS["tensor"], "tensor"),
+        (32768, 4, 7168, 2048, True, KINDS["tensor"], "tensor"),
         (96, 32, 416, 136, False, KINDS["block"], None),
         (4800, 20, 5120, 1536, True, KINDS["block"], "group"),
         (32768, 4, 7168, 2048, True, KINDS["channel"], None),

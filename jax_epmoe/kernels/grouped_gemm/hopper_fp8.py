@@ -57,8 +57,8 @@ def quantized_matmul(
     experts, n, k = w.shape[0], w.shape[-2], w.shape[-1]
     parts = 2 if activation else 1
     if quantize_out:
-        in_groups = quantize_out == "group" and parts == 2 and n % BLOCK == 0
-        out_dtype = FP8 if in_groups else jnp.float32
+        by_tile = (quantize_out == "group" or out_scale is not None) and parts == 2 and n % BLOCK == 0
+        out_dtype = FP8 if by_tile else jnp.float32
     out_dtype = jnp.dtype(out_dtype)
     x_groups, w_blocks = x_scale.ndim == 2, w.ndim - w_scale.ndim == 0
     by_channel = w.ndim - w_scale.ndim == 1
@@ -121,17 +121,44 @@ def quantized_matmul(
     options: dict[str, Any] = {"tiling": tiling, "num_ctas": num_sms()}
     if splits == 1:
         bias = None if bias is None else jnp.pad(bias, past_the_end)
-        out = run(bias, activation=activation, out_dtype=out_dtype, **options)
+        out_factor = None if out_scale is None or out_dtype != FP8 else 1 / out_scale
+        out = run(bias, out_factor, activation=activation, out_dtype=out_dtype, **options)
     else:
-        out = run(None, activation=None, out_dtype=jnp.dtype(jnp.float32), splits=splits, **options)
+        out = run(None, None, activation=None, out_dtype=jnp.dtype(jnp.float32), splits=splits, **options)
         out = out if bias is None else out + bias[0, 0]
         out = (out if activation is None else gate(activation, out.reshape(-1, 2, n))).astype(out_dtype)
     if isinstance(out, QuantizedArray):
         return QuantizedArray(out.values[:rows], out.scales[:, :rows], "group") if padding else out
-    if quantize_out == "group" and not padding and quantize_hopper.serves(out):
-        return quantize_hopper.quantize_groups(out, plan[schedule.NUM_ROWS, 0])
     out = out[:rows] if padding else out
-    return quantize_rows(out, group_sizes, quantize_out, out_scale) if quantize_out else out
+    if out.dtype == FP8:
+        return QuantizedArray(out, _scales_of_rows(out_scale, group_sizes, rows), "token")
+    if quantize_out:
+        return _quantize_rows(out, group_sizes, plan[schedule.NUM_ROWS, 0], quantize_out, out_scale)
+    return out
+
+
+def _quantize_rows(
+    out: jax.Array, group_sizes: jax.Array, num_rows: jax.Array, granularity: Granularity, out_scale: jax.Array | None
+) -> QuantizedArray:
+    """`reference.quantize_rows`, by kernels where they serve: those read only the `num_rows` rows that there are."""
+    if not quantize_hopper.serves(out, granularity):
+        return quantize_rows(out, group_sizes, granularity, out_scale)
+    if granularity == "group":
+        return quantize_hopper.quantize_groups(out, num_rows)
+    if granularity == "token":
+        return quantize_hopper.quantize_tokens(out, num_rows)
+    if out_scale is not None:
+        scales = _scales_of_rows(out_scale, group_sizes, len(out))
+        return QuantizedArray(quantize_hopper.quantize_by(out, num_rows, scales), scales, "token")
+    largest = jnp.where(jnp.arange(len(out)) < num_rows, quantize_hopper.largest_of_rows(out, num_rows), 0)
+    scale = quantize_hopper.scales_of(jnp.max(largest))
+    values = quantize_hopper.quantize_by(out, num_rows, jnp.broadcast_to(scale, out.shape[:1]))
+    return QuantizedArray(values, scale, "tensor")
+
+
+def _scales_of_rows(out_scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
+    """An expert's for each of its rows."""
+    return jnp.repeat(out_scale, group_sizes, total_repeat_length=rows)
 
 
 def choose_tiling(
@@ -248,6 +275,7 @@ def _run(
     w_scale: jax.Array,
     plan: jax.Array,
     bias: jax.Array | None,
+    out_factor: jax.Array | None,
     *,
     activation: Activation | None,
     tiling: Tiling,
@@ -258,15 +286,15 @@ def _run(
     """`w [experts, parts, n, k]`; `x_scale [blocks of k, rows]`, `w_scale [experts, parts, blocks of n, blocks of k]`, or for
     scales at the end `[rows and more]`, `[experts, parts, n and more]`.
 
-    `splits`: tiles hold that part of k each, and are summed by XLA; it divides the steps. `out_dtype` float8: what is gated, quantised
-    in groups of 128, with tiles of so many columns."""
+    `splits`: tiles hold that part of k each, and are summed by XLA; it divides the steps. `out_dtype` float8: what is gated, each
+    expert's times its `out_factor [experts]`, or else quantised in groups of 128; with tiles of so many columns."""
     rows, k = x.shape
     parts, n = w.shape[1:3]
     k_steps, column_tiles = pl.cdiv(k, tiling.block_k) // splits, pl.cdiv(n, tiling.columns)
     own_columns = tiling.columns // _CONSUMERS
     blocks, stages, max_height = own_columns // 64, tiling.stages, tiling.heights[-1]
     promotions = tiling.block_k // BLOCK  # of a step
-    scaled_at_the_end, quantizes = w_scale.ndim == 3, out_dtype == FP8
+    scaled_at_the_end, in_groups = w_scale.ndim == 3, out_dtype == FP8 and out_factor is None
     scale_steps = 0 if scaled_at_the_end else promotions
     i32, f32 = jnp.int32, jnp.float32
 
@@ -283,6 +311,7 @@ def _run(
 
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
         bias_gmem, refs = refs[: len(biases)], refs[len(biases) :]
+        factor_gmem, refs = refs[: len(factors)], refs[len(factors) :]
         (out_gmem, *scales_gmem), refs = refs[: len(out_types)], refs[len(out_types) :]
         x_smem, w_smem, xs_smem, out_smem, full, empty, *for_quantizing = refs
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -427,11 +456,11 @@ def _run(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     own_out = out_smem.at[warpgroup, pl.ds(0, height)]
                     own_out.T[...] = result
-                    if quantizes:
+                    if in_groups:
                         for_quantizing[0][warpgroup, pl.ds(0, height)] = scales
                     plgpu.commit_smem()
                     tiles.store_rows(own_out, out_gmem, tile, out_column + block * 64)
-                    if quantizes:  # both have them
+                    if in_groups:  # both have them
                         own_scales = for_quantizing[0].at[warpgroup, pl.ds(0, height)]
                         pl.when(warpgroup == 0)(
                             functools.partial(tiles.store_numbers, own_scales, scales_gmem[0], tile.column_tile, tile)
@@ -447,7 +476,9 @@ def _run(
                         )
                     for block in range(blocks):
                         result, scales = result_of(sums, block, of_rows, height), None
-                        if quantizes:
+                        for ref in factor_gmem:
+                            result = result * ref[tile.expert]
+                        if in_groups:
                             scales = quantize_hopper.scales_of(maxima_of_groups(result, height))
                             result = result * along_rows(1 / scales, height)
                         store(result, scales, block, height)
@@ -457,12 +488,12 @@ def _run(
             walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    biases = [] if bias is None else [bias]
+    biases, factors = ([] if vector is None else [vector] for vector in (bias, out_factor))
     # A copy of one row that is not swizzled is a plain one, which does not stop at the last column.
     out_columns = splits * column_tiles * tiling.columns if out_dtype == f32 else n
     out_types = [jax.ShapeDtypeStruct((rows, out_columns), out_dtype)]
     for_quantizing: list[Any] = []
-    if quantizes:
+    if in_groups:
         out_types.append(jax.ShapeDtypeStruct((column_tiles, rows), f32))
         for_quantizing = [plgpu.SMEM(shape, f32) for shape in _for_quantizing(max_height)]
         for_quantizing.append(plgpu.Barrier(num_arrivals=_CONSUMERS))
@@ -485,8 +516,8 @@ def _run(
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, x_scale, w_scale, plan, *biases)
-    if quantizes:
+    )(x, w, x_scale, w_scale, plan, *biases, *factors)
+    if in_groups:
         return QuantizedArray(out, scales[0], "group")
     out = out if splits == 1 else jnp.sum(out.reshape(rows, splits, -1), axis=1)
     return out[:, :n]

@@ -60,6 +60,7 @@ def run(
     w_scale: jax.Array,
     plan: jax.Array,
     bias: jax.Array | None,
+    out_factor: jax.Array | None,
     *,
     activation: Activation | None,
     tiling: Tiling,
@@ -68,14 +69,14 @@ def run(
 ) -> jax.Array | QuantizedArray:
     """`hopper_fp8._run`, for a plan of `num_ctas // PAIR` pairs and tiles `PAIR * tiling.columns` wide.
 
-    `out_dtype` float8: with a tiling that quantises, `n` a multiple of 128, a `QuantizedArray` of groups.
+    `out_dtype` float8: with a tiling that quantises, `n` a multiple of 128; without `out_factor` a `QuantizedArray` of groups.
     """
     rows, k = x.shape
     parts, n = w.shape[1:3]
     columns, stages = tiling.columns, tiling.stages
     consumers = 3 if tiling.heights == _THREE_WARPGROUPS else 2
     row_blocks = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup
-    quantizes = out_dtype == FP8
+    quantizes, in_groups = out_dtype == FP8, out_dtype == FP8 and out_factor is None
     # A warpgroup's products of a step: which of its row blocks by which parts of w.
     in_one = [(part,) for part in range(parts)] if quantizes else [tuple(range(parts))]
     products = [(i, of) for i in range(row_blocks) for of in in_one]
@@ -88,6 +89,7 @@ def run(
 
     def kernel(x_gmem, w_gmem, xs_gmem, ws_gmem, plan_gmem, *refs):
         bias_gmem, refs = refs[: len(biases)], refs[len(biases) :]
+        factor_gmem, refs = refs[: len(factors)], refs[len(factors) :]
         (out_gmem, *scales_gmem), refs = refs[: len(out_types)], refs[len(out_types) :]
         x_smem, w_smem, xs_smem, out_smem, full, empty, *scales_smem = refs
         warpgroup = lax.axis_index("warpgroup")
@@ -240,13 +242,15 @@ def run(
                         result = gated(activation, *of_parts) if activation else of_parts[0]
                         out_block = out_smem.at[warpgroup, i % slots]
                         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                        if quantizes:
+                        for ref in factor_gmem:
+                            result = result * ref[tile.expert]
+                        if in_groups:
                             result, scales = quantize_hopper.quantize_values(result)
                             scales_smem[0][warpgroup] = scales
                         out_block[...] = result.astype(out_dtype)
                         plgpu.commit_smem()
                         tiles.store_rows(out_block, out_gmem, own, first_column + i * stored_columns)
-                        if quantizes:
+                        if in_groups:
                             tiles.store_numbers(scales_smem[0].at[warpgroup], scales_gmem[0], column_tile(tile), own)
                         plgpu.commit_smem_to_gmem_group()
 
@@ -264,10 +268,10 @@ def run(
             walk.over_tiles(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    biases = [] if bias is None else [bias]
+    biases, factors = ([] if vector is None else [vector] for vector in (bias, out_factor))
     transforms = operand_transforms(k, 1)
     out_types = [jax.ShapeDtypeStruct((rows, n), out_dtype)]
-    if quantizes:
+    if in_groups:
         out_types.append(jax.ShapeDtypeStruct((column_tiles, rows), f32))
     out, *scales = plgpu.kernel(
         kernel,
@@ -279,7 +283,7 @@ def run(
             plgpu.SMEM((consumers, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=consumers, num_barriers=stages),
-            *([plgpu.SMEM((consumers, _OWN_ROWS), f32)] if quantizes else []),
+            *([plgpu.SMEM((consumers, _OWN_ROWS), f32)] if in_groups else []),
         ],
         grid=(num_ctas // PAIR,),
         grid_names=("pair",),
@@ -288,5 +292,5 @@ def run(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(x, w, x_scale, w_scale, plan, *biases)
-    return QuantizedArray(out, scales[0], "group") if quantizes else out
+    )(x, w, x_scale, w_scale, plan, *biases, *factors)
+    return QuantizedArray(out, scales[0], "group") if in_groups else out
