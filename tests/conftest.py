@@ -48,7 +48,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
     "kernels/test_hopper_fp8.py::test_the_output_is_quantised_from_its_float32_values": 3,
     "kernels/test_hopper_outer.py::test_it_computes_the_definition_without_races": 5,
     "kernels/test_mla_hopper.py::test_it_is_a_softmax_over_each_sequences_own_positions": 2,
-    "kernels/test_quantize_hopper.py::test_it_quantises_the_rows_that_there_are_bit_for_bit": 3,
+    "kernels/test_quantize_hopper.py::test_rows_are_quantised_bit_for_bit": 3,
     "kernels/test_rope_hopper.py::test_it_does_what_attention_does": 2,
     "kernels/test_route_hopper.py::test_it_chooses_as_the_layer_does": 6,
     "kernels/test_rows.py::test_the_hopper_kernel_sums_as_the_definition": 3,

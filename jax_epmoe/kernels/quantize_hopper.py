@@ -1,7 +1,7 @@
-"""Rows quantised on Hopper, with a scale for 128 numbers or for a row: only those that there are, read once."""
+"""Rows quantised on Hopper, with a scale for 128 numbers, a row or all, where they lie or gathered: only those that there are."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,171 +12,243 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe.kernels.device import num_sms
 from jax_epmoe.kernels.warp_rows import HEIGHT, ROWS_BY_4
-from jax_epmoe.quant import BLOCK, FP8, FP8_MAX, QuantizedArray
+from jax_epmoe.quant import BLOCK, FP8, FP8_MAX, Granularity, QuantizedArray
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_ROWS = 64
 _CTAS = 8  # a streaming multiprocessor
+_GATHERING_CTAS = 16
+_LONGEST_GATHERED = 16384  # columns, 128 a thread
 MAX_ROOM = 1536  # for six registers at a time
 _HELD_BYTES = 2**14  # of a row: a warp's, 128 registers
+_CHUNK = 1024  # columns at most
 
 
-def serves(rows: jax.Array, granularity: str = "group") -> bool:
-    """Whether `rows [R, n]` can be quantised here: bfloat16, float16 or float32, n a multiple of 128, R at least 64 (groups) or 4."""
-    least = _ROWS if granularity == "group" else HEIGHT
-    return rows.dtype in _DTYPES and rows.shape[0] >= least and rows.shape[1] % BLOCK == 0 and rows.size > 0
+def serves(rows: jax.Array) -> bool:
+    """Whether `rows [R, n]` can be quantised here: bfloat16, float16 or float32, at least 4 of them, n a multiple of 128."""
+    return rows.dtype in _DTYPES and rows.shape[0] >= HEIGHT and rows.shape[1] % BLOCK == 0 and rows.size > 0
 
 
-# Under jit of its own, so that a model's layers share one trace and one compilation.
+def serves_gather(x: jax.Array) -> bool:
+    """Whether `gather` can take `x [T, n]`: bfloat16, float16 or float32, n a multiple of 512, at most 16384."""
+    _, n = x.shape
+    return x.dtype in _DTYPES and n % (HEIGHT * BLOCK) == 0 and n <= _LONGEST_GATHERED and x.size > 0
+
+
+# All under jit of their own, so that a model's layers share one trace and one compilation.
 @jax.jit
 def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
-    """What `quant.quantize(rows, "group")` gives of the first `num_rows`; what is past those, rounded up to 64, is left as it is.
+    """What `quant.quantize(rows, "group")` gives of the first `num_rows`; what is past those, rounded up to 4, is left as it is.
 
     Args:
       rows: `[R, n]`, ones that it `serves`.
       num_rows: an int32, at most R.
     """
-    total, n = rows.shape
-    columns, ctas = n // BLOCK, num_sms() * _CTAS
-    i32 = jnp.int32
 
-    def kernel(rows_gmem, num_rows_gmem, values_gmem, scales_gmem, values_smem):
-        cta = lax.axis_index("cta")
-        blocks = lax.div(num_rows_gmem[0] + (_ROWS - 1), i32(_ROWS)) * columns
+    width = _chunk(rows.shape[1])
 
-        def body(turn, _):
-            block = turn * ctas + cta
-            row_block = lax.div(block, i32(columns))
-            column = block - row_block * columns
-            here = pl.ds(lax.min(row_block * _ROWS, total - _ROWS), _ROWS)  # the last may do some rows again
-            group = pl.ds(column * BLOCK, BLOCK)
-            values = plgpu.load(rows_gmem.at[here, group], layout=plgpu.Layout.WGMMA, optimized=False)
-            values, scales = quantize_values(values.astype(jnp.float32))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            values_smem[...] = values
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(values_smem, values_gmem.at[here, group])
-            scales_gmem[column, here] = scales
-            return ()
+    def turn(rows_gmem: Any, here: Any, chunk: jax.Array, values_gmem: Any, scales_gmem: Any) -> None:
+        blocks = [chunk * (width // BLOCK) + i for i in range(width // BLOCK)]
+        values = [_load(rows_gmem, here, pl.ds(block * BLOCK, BLOCK)) for block in blocks]
+        for block, value in zip(blocks, values, strict=True):
+            scales = scales_of(_largest([value]))
+            values_gmem[here, pl.ds(block * BLOCK, BLOCK)] = _scaled(value, 1 / scales)
+            scales_gmem[block, here] = scales
 
-        lax.fori_loop(0, lax.div(blocks - cta + (ctas - 1), i32(ctas)), body, ())
-        plgpu.wait_smem_to_gmem(0)
-
-    values, scales = plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct(rows.shape, FP8), jax.ShapeDtypeStruct((columns, total), jnp.float32)),
-        scratch_types=[plgpu.SMEM((_ROWS, BLOCK), FP8)],
-        grid=(ctas,),
-        grid_names=("cta",),
-    )(rows, num_rows.reshape(1))
+    out = jax.ShapeDtypeStruct(rows.shape, FP8), jax.ShapeDtypeStruct((rows.shape[1] // BLOCK, len(rows)), jnp.float32)
+    values, scales = _over_rows(turn, rows, num_rows, (), out, chunks=rows.shape[1] // width)
     return QuantizedArray(values, scales, "group")
 
 
 @jax.jit
 def quantize_tokens(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
-    """What `quant.quantize(rows, "token")` gives of the first `num_rows`; what is past those, rounded up to 4, is left as it is.
+    """`quantize_groups` with a scale a row."""
 
-    Args:
-      rows: `[R, n]`, ones that it `serves`.
-      num_rows: an int32, at most R.
-    """
-
-    def turn(row: "_Rows", values_gmem: Any, scales_gmem: Any) -> None:
+    def turn(rows_gmem: Any, here: Any, _: jax.Array, values_gmem: Any, scales_gmem: Any) -> None:
+        row = _Rows(rows_gmem, here)
         scales = scales_of(row.largest())
         row.store(values_gmem, 1 / scales)
-        scales_gmem[row.here] = scales
+        scales_gmem[here] = scales
 
     out = jax.ShapeDtypeStruct(rows.shape, FP8), jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32)
-    return QuantizedArray(*_over_rows(turn, rows, num_rows, (), out), "token")
+    values, scales = _over_rows(turn, rows, num_rows, (), out)
+    return QuantizedArray(values, scales, "token")
 
 
 @jax.jit
 def quantize_by(rows: jax.Array, num_rows: jax.Array, scales: jax.Array) -> jax.Array:
-    """The values of `quant.quantize(rows, "token", scales)`, for the same rows as `quantize_tokens`; `scales [R]`."""
+    """The values of `quant.quantize(rows, "token", scales)`, for the same rows as `quantize_groups`; `scales [R]`."""
 
-    def turn(row: "_Rows", scales_gmem: Any, values_gmem: Any) -> None:
-        own = plgpu.load(scales_gmem.at[row.here], layout=ROWS_BY_4.reduce(1), optimized=False)
-        row.store(values_gmem, 1 / own)
+    width = _chunk(rows.shape[1])
 
-    return _over_rows(turn, rows, num_rows, (scales,), jax.ShapeDtypeStruct(rows.shape, FP8))
+    def turn(rows_gmem: Any, here: Any, chunk: jax.Array, scales_gmem: Any, values_gmem: Any) -> None:
+        columns = pl.ds(chunk * width, width)
+        own = plgpu.load(scales_gmem.at[here], layout=ROWS_BY_4.reduce(1), optimized=False)
+        values_gmem[here, columns] = _scaled(_load(rows_gmem, here, columns), 1 / own)
+
+    out = jax.ShapeDtypeStruct(rows.shape, FP8)
+    return _over_rows(turn, rows, num_rows, (scales,), out, chunks=rows.shape[1] // width)
 
 
 @jax.jit
 def largest_of_rows(rows: jax.Array, num_rows: jax.Array) -> jax.Array:
     """`[R]`: the largest magnitude of each of the first `num_rows`; what is past those, rounded up to 4, is left as it is."""
 
-    def turn(row: "_Rows", largest_gmem: Any) -> None:
-        largest_gmem[row.here] = row.largest()
+    def turn(rows_gmem: Any, here: Any, _: jax.Array, largest_gmem: Any) -> None:
+        largest_gmem[here] = _Rows(rows_gmem, here).largest()
 
     return _over_rows(turn, rows, num_rows, (), jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnames="granularity")
+def gather(
+    x: jax.Array, row_index: jax.Array, num_rows: jax.Array, scale: jax.Array | None, *, granularity: Granularity
+) -> QuantizedArray:
+    """`quant.quantize(x[row_index], granularity, scale)`; what is past `num_rows` is left as it is.
+
+    A CTA takes a row, each of its warps a group of 128 of every four.
+
+    Args:
+      x: `[T, n]`, one that it `serves_gather`.
+      row_index: `[R]` int32, each in range.
+      num_rows: an int32, at most R.
+      scale: a float32 with "tensor", or else None.
+      granularity: "group", "token" or "tensor".
+    """
+    (rows,), (tokens, n) = row_index.shape, x.shape
+    ctas = min(rows, num_sms() * _GATHERING_CTAS)
+    f32, quarters = jnp.float32, range(n // (HEIGHT * BLOCK))
+    given = [] if scale is None else [scale.reshape(1)]
+    shape_of_scales = {"group": (n // BLOCK, rows), "token": (rows,)}.get(granularity)
+    out_scales = [] if shape_of_scales is None else [jax.ShapeDtypeStruct(shape_of_scales, f32)]
+
+    def kernel(x_gmem, index_gmem, num_rows_gmem, *refs):
+        given_gmem, (values_gmem, *scales_gmem), largest_smem = refs[: len(given)], refs[len(given) : -1], refs[-1]
+        cta = lax.axis_index("cta")
+
+        def body(step, _):
+            row = step * ctas + cta
+            groups = [pl.ds(i * HEIGHT, HEIGHT) for i in quarters]
+            token = index_gmem[row]
+            values = [plgpu.load(x_gmem.at[token, group], layout=ROWS_BY_4, optimized=False) for group in groups]
+            if granularity == "group":
+                for group, value in zip(groups, values, strict=True):
+                    scales = scales_of(_largest([value]))
+                    values_gmem[row, group] = _scaled(value, 1 / scales)
+                    scales_gmem[0][group, row] = scales
+                return ()
+            if granularity == "token":
+                largest_smem[...] = _largest(values)  # a warp's, each
+                own = scales_of(functools.reduce(jnp.maximum, [largest_smem[i] for i in range(HEIGHT)]))
+                scales_gmem[0][row] = own
+            else:
+                own = given_gmem[0][0]
+            for group, value in zip(groups, values, strict=True):
+                values_gmem[row, group] = (value.astype(f32) * (1 / own)).astype(FP8)
+            return ()
+
+        lax.fori_loop(0, lax.div(num_rows_gmem[0] - cta + (ctas - 1), ctas), body, ())
+
+    values, *scales = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((rows, n // BLOCK, BLOCK), FP8), *out_scales],
+        scratch_types=[plgpu.SMEM((HEIGHT,), f32)],
+        grid=(ctas,),
+        grid_names=("cta",),
+    )(x.reshape(tokens, n // BLOCK, BLOCK), row_index, num_rows.reshape(1), *given)
+    return QuantizedArray(values.reshape(rows, n), scales[0] if scale is None else scale, granularity)
+
+
 class _Rows:
-    """Four rows in a kernel, a warp's each. Short ones are read once, into registers; longer ones in parts, each time anew."""
+    """Four rows in a kernel, a warp's each. Short ones are read once, into registers; longer ones in chunks, each time anew."""
 
     def __init__(self, rows_gmem: Any, here: Any) -> None:
         self.rows_gmem, self.here = rows_gmem, here
         n = rows_gmem.shape[1]
-        blocks, held = n // BLOCK, _HELD_BYTES // (BLOCK * rows_gmem.dtype.itemsize)
-        self.is_held = blocks <= held
-        # Columns of a part, of equally many blocks; half of what could be held, for compilers keep some of the next one's too.
-        of_part = blocks if self.is_held else max(i for i in range(1, held // 2 + 1) if blocks % i == 0)
-        self.width, self.parts = of_part * BLOCK, blocks // of_part
-        if self.is_held:
-            self.values = self.load(0)
+        self.width = _chunk(n)
+        self.chunks = n // self.width
+        is_held = n * rows_gmem.dtype.itemsize <= _HELD_BYTES
+        self.held = [self.load(chunk) for chunk in range(self.chunks)] if is_held else None
 
-    def blocks(self, part: jax.Array | int) -> list[Any]:
-        return [pl.ds(part * self.width + i * BLOCK, BLOCK) for i in range(self.width // BLOCK)]
+    def columns(self, chunk: jax.Array | int) -> Any:
+        return pl.ds(chunk * self.width, self.width)
 
-    def load(self, part: jax.Array | int) -> list[jax.Array]:
-        refs = [self.rows_gmem.at[self.here, block] for block in self.blocks(part)]
-        return [plgpu.load(ref, layout=ROWS_BY_4, optimized=False) for ref in refs]
+    def load(self, chunk: jax.Array | int) -> jax.Array:
+        return _load(self.rows_gmem, self.here, self.columns(chunk))
 
     def largest(self) -> jax.Array:
         """`[4]` float32: of magnitudes."""
-
-        def of(values: Sequence[jax.Array]) -> jax.Array:
-            return functools.reduce(jnp.maximum, map(jnp.abs, values))
-
-        if self.is_held:
-            found = of(self.values)
-        else:
-            start = plgpu.layout_cast(jnp.zeros((HEIGHT, BLOCK), self.rows_gmem.dtype), ROWS_BY_4)
-            found = lax.fori_loop(0, self.parts, lambda part, found: jnp.maximum(found, of(self.load(part))), start)
-        return jnp.max(found.astype(jnp.float32), axis=1)
+        if self.held is not None:
+            return _largest(self.held)
+        start = plgpu.layout_cast(jnp.zeros((HEIGHT, self.width), self.rows_gmem.dtype), ROWS_BY_4)
+        return _largest(
+            [lax.fori_loop(0, self.chunks, lambda chunk, found: _magnitudes([found, self.load(chunk)]), start)]
+        )
 
     def store(self, values_gmem: Any, factors: jax.Array) -> None:
         """The rows in float8, each times its own of `factors [4]`."""
-        factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, (HEIGHT, BLOCK), (0,)), ROWS_BY_4)
+        for chunk, value in enumerate(self.held or ()):
+            values_gmem[self.here, self.columns(chunk)] = _scaled(value, factors)
+        if self.held is None:
 
-        def store_part(part: jax.Array | int, values: Sequence[jax.Array]) -> None:
-            for block, value in zip(self.blocks(part), values, strict=True):
-                values_gmem[self.here, block] = (value.astype(jnp.float32) * factors).astype(FP8)  # which saturates
-
-        if self.is_held:
-            store_part(0, self.values)
-        else:
-
-            @pl.loop(0, self.parts)
-            def _(part):
-                store_part(part, self.load(part))
+            @pl.loop(0, self.chunks)
+            def _(chunk):
+                values_gmem[self.here, self.columns(chunk)] = _scaled(self.load(chunk), factors)
 
 
-def _over_rows(turn: Any, rows: jax.Array, num_rows: jax.Array, more: tuple[jax.Array, ...], out: Any) -> Any:
-    """A kernel that gives `turn` the first `num_rows` rows, four at a time, with references to `more` and to what comes out."""
+def _chunk(n: int) -> int:
+    """How many columns a kernel takes at once of so many: multiples of 128 that divide them."""
+    blocks = n // BLOCK
+    return BLOCK * max(i for i in range(1, _CHUNK // BLOCK + 1) if blocks % i == 0)
+
+
+def _load(rows_gmem: Any, here: Any, columns: Any) -> jax.Array:
+    return plgpu.load(rows_gmem.at[here, columns], layout=ROWS_BY_4, optimized=False)
+
+
+def _magnitudes(values: Sequence[jax.Array]) -> jax.Array:
+    """At each place the largest of all."""
+    return functools.reduce(jnp.maximum, map(jnp.abs, values))
+
+
+def _largest(values: Sequence[jax.Array]) -> jax.Array:
+    """`[4]` float32: the largest magnitude in each row of all `values [4, columns]`."""
+    return jnp.max(_magnitudes(values).astype(jnp.float32), axis=1)
+
+
+def _scaled(value: jax.Array, factors: jax.Array) -> jax.Array:
+    """`value [4, columns]` in float8, each row times its own of `factors [4]`; the rounding saturates."""
+    factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, value.shape, (0,)), ROWS_BY_4)
+    return (value.astype(jnp.float32) * factors).astype(FP8)
+
+
+def _over_rows(
+    turn: Callable[..., None],
+    rows: jax.Array,
+    num_rows: jax.Array,
+    more: tuple[jax.Array, ...],
+    out: Any,
+    *,
+    chunks: int = 1,
+) -> Any:
+    """A kernel that calls `turn(rows_gmem, here, chunk, *refs)` for the first `num_rows` rows, four at a time, and each of `chunks`.
+
+    The references are to `more` and to what comes out.
+    """
     total = len(rows)
-    ctas = min(pl.cdiv(total, HEIGHT), num_sms() * _CTAS)
+    ctas = min(pl.cdiv(total, HEIGHT) * chunks, num_sms() * _CTAS)
 
     def kernel(rows_gmem, num_rows_gmem, *refs):
         cta = lax.axis_index("cta")
-        blocks = lax.div(num_rows_gmem[0] + (HEIGHT - 1), HEIGHT)
+        items = lax.div(num_rows_gmem[0] + (HEIGHT - 1), HEIGHT) * chunks
 
         def body(step, _):
-            first_row = lax.min((step * ctas + cta) * HEIGHT, total - HEIGHT)  # the last may do some rows again
-            turn(_Rows(rows_gmem, pl.ds(first_row, HEIGHT)), *refs)
+            item = step * ctas + cta
+            block = lax.div(item, jnp.int32(chunks))
+            first_row = lax.min(block * HEIGHT, total - HEIGHT)  # the last may do some rows again
+            turn(rows_gmem, pl.ds(first_row, HEIGHT), item - block * chunks, *refs)
             return ()
 
-        lax.fori_loop(0, lax.div(blocks - cta + (ctas - 1), ctas), body, ())
+        lax.fori_loop(0, lax.div(items - cta + (ctas - 1), ctas), body, ())
 
     return plgpu.kernel(
         kernel,

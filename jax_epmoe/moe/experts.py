@@ -18,7 +18,7 @@ from jax_epmoe.config import Activation
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.kernels.grouped_gemm.quantized import refuse_gradient
 from jax_epmoe.kernels.grouped_gemm.reference import outer
-from jax_epmoe.kernels.quantize import quantize_input
+from jax_epmoe.kernels.quantize import gather_input, gathers, quantize_input
 from jax_epmoe.kernels.rows import combine, dispatch
 from jax_epmoe.moe.plan import ROW_ALIGNMENT, Plan, make_plan
 from jax_epmoe.quant import QuantizedArray, QuantizedWeights
@@ -64,8 +64,8 @@ def run_experts(
 ) -> jax.Array:
     """`base` and each token's weighted sum over its experts on this device, if it has any. Differentiable by recomputation.
 
-    Quantised weights have no gradient. Tokens are quantised once, before they are copied to rows; the second product's input as it
-    leaves the first, from float32. A dynamic scale of it per tensor or per token is over a chunk's rows and this device's part of I.
+    Quantised weights have no gradient. Tokens are quantised before they are copied to rows, or each row as it is copied, where that
+    costs less; the second product's input as it leaves the first, from float32. A dynamic scale of it per tensor or per token is over a chunk's rows and this device's part of I.
 
     Args:
       tokens: `[T, H]`.
@@ -88,7 +88,15 @@ def run_experts(
     own_expected_rows = None if expected_rows is None else -(-expected_rows // parts)
     multiply = functools.partial(grouped_gemm, backend=backend, expected_rows=own_expected_rows)
     gate_up, down = _products(
-        tokens, w_gate_up, w_down, biases or (None, None), activation, multiply, backend, deal=mostly_here
+        tokens,
+        w_gate_up,
+        w_down,
+        biases or (None, None),
+        activation,
+        multiply,
+        backend,
+        rows=plan.row_pair.shape[0] if expected_rows is None else expected_rows,
+        deal=mostly_here,
     )
 
     def run_chunk(chunk: _Chunk, base: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -132,10 +140,12 @@ def _products(
     multiply: Callable[..., Any],
     backend: str | None,
     *,
+    rows: int,
     deal: bool,
 ) -> tuple[Callable[[_Chunk], Any], Callable[[_Chunk, Any], jax.Array]]:
     """`chunk -> hidden`, which is quantised if the weights are, and `(chunk, hidden) -> y`.
 
+    `rows`: about how many there will be, in all chunks.
     `deal`: tokens are dealt to their rows, if a kernel does that, rather than gathered by them.
     """
     gate_up_bias, down_bias = biases
@@ -149,13 +159,22 @@ def _products(
 
         return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes, bias=down_bias)
 
-    with jax.named_scope("quantize"):
-        x = quantize_input(tokens, w_gate_up, backend)
     first, second = w_gate_up.weights, w_down.weights
+    once = None
+    if not gathers(tokens, rows, w_gate_up, backend):
+        with jax.named_scope("quantize"):
+            once = quantize_input(tokens, w_gate_up, backend)
+
+    def rows_of(chunk: _Chunk) -> tuple[QuantizedArray, jax.Array | None]:
+        """The chunk's rows, or what they are rows of and which."""
+        if once is None:
+            return gather_input(tokens, chunk.row_token, jnp.sum(chunk.group_sizes), w_gate_up), None
+        return once, chunk.row_token
 
     def gate_up(chunk: _Chunk) -> QuantizedArray:
+        x, index = rows_of(chunk)
         scales = {"x_scale": x.scales, "w_scale": first.scales, "out_scale": w_down.input_scales}
-        options = {"row_index": chunk.row_token, "activation": activation, "quantize_out": w_down.format.activations}
+        options = {"row_index": index, "activation": activation, "quantize_out": w_down.format.activations}
         return multiply(x.values, first.values, chunk.group_sizes, bias=gate_up_bias, **scales, **options)
 
     def down(chunk: _Chunk, hidden: QuantizedArray) -> jax.Array:

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_epmoe import EPMoE, MoEConfig, make_mesh
+from jax_epmoe.kernels import quantize as kernels_quantize
 from jax_epmoe.kernels.grouped_gemm import grouped_gemm
 from jax_epmoe.moe import experts as experts_module
-from jax_epmoe.quant import FORMATS, FP8_MAX, Quantization, dequantize, quantize
+from jax_epmoe.moe.plan import make_plan
+from jax_epmoe.quant import FORMATS, FP8_MAX, Quantization, QuantizedWeights, dequantize, quantize
 
 H, I, SHARED, E, K, T = 320, 512, 1023, 8, 3, 48  # noqa: E741  H and SHARED end within a block, which no mesh cuts
 CONFIG = MoEConfig(H, I, E, K, norm_topk_prob=True, shared_intermediate_size=SHARED)
@@ -291,3 +294,39 @@ def test_experts_are_quantised_whole_or_not_at_all():
         EPMoE(CONFIG, mesh=make_mesh(), rngs=nnx.Rngs(0), quantization=Quantization("fp8-block", frozenset({"w_down"})))
     with pytest.raises(ValueError, match=r"^quantization is 'fp4'; it should be None or one of fp8-block, "):
         EPMoE(CONFIG, mesh=make_mesh(), rngs=nnx.Rngs(0), quantization="fp4")
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-channel", "fp8-tensor-static"])
+def test_rows_quantised_as_they_are_gathered_are_those_of_tokens_quantised_once(monkeypatch, name):
+    rng, format = np.random.default_rng(0), FORMATS[name]
+    tokens, ids = (
+        jnp.asarray(rng.normal(size=(7, 512)), jnp.bfloat16),
+        jnp.array([rng.permutation(6)[:2] for _ in range(7)]),
+    )
+    scales = jnp.array([0.01, 0.02, 0.015, 0.01]) if format.static else None
+    w_gate_up, w_down = (
+        QuantizedWeights(quantize(jnp.asarray(rng.normal(size=shape), jnp.float32), format.weights), scales, format)
+        for shape in ((4, 2, 128, 512), (4, 512, 128))
+    )
+    first_products = []
+
+    def run() -> np.ndarray:
+        def layer(tokens, ids):
+            plan = make_plan(ids, 1, 4)  # of 6 experts
+            return experts_module.run_experts(
+                tokens, w_gate_up, w_down, jnp.ones(ids.shape), plan, None, "silu", None, 16, 9
+            )
+
+        return np.asarray(jax.jit(layer)(tokens, ids), np.float32)
+
+    def seen(x, *args, **options):
+        first_products.append(options.get("row_index") is None)
+        return grouped_gemm(x, *args, **options)
+
+    monkeypatch.setattr(experts_module, "grouped_gemm", seen)
+    once = run()
+    monkeypatch.setattr(kernels_quantize, "on_hopper", lambda: True)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        as_gathered = run()
+    assert first_products[::2] == [False, True]
+    np.testing.assert_array_equal(as_gathered, once)

@@ -73,14 +73,14 @@ def run(
     """
     rows, k = x.shape
     parts, n = w.shape[1:3]
-    columns, stages = tiling.columns, tiling.stages
+    columns, stages, block_k = tiling.columns, tiling.stages, tiling.block_k
     consumers = 3 if tiling.heights == _THREE_WARPGROUPS else 2
     row_blocks = tiling.heights[-1] // _OWN_ROWS // consumers  # of a warpgroup
     quantizes, in_groups = out_dtype == FP8, out_dtype == FP8 and out_factor is None
     # A warpgroup's products of a step: which of its row blocks by which parts of w.
     in_one = [(part,) for part in range(parts)] if quantizes else [tuple(range(parts))]
     products = [(i, of) for i in range(row_blocks) for of in in_one]
-    k_steps, column_tiles = pl.cdiv(k, BLOCK), pl.cdiv(n, columns)
+    k_steps, column_tiles = pl.cdiv(k, block_k), pl.cdiv(n, columns)
     stored_columns = 128 // out_dtype.itemsize  # at a time: a row of the widest swizzle
     slots = min(tiling.slots, columns // stored_columns)
     scaled_at_the_end = w_scale.ndim == 3
@@ -115,7 +115,7 @@ def run(
                 own_columns = pl.ds(column_tile(tile) * columns, columns)
 
                 def load(height, k_step, stage):
-                    ks, top = pl.ds(k_step * BLOCK, BLOCK), pl.ds(0, height)
+                    ks, top = pl.ds(k_step * block_k, block_k), pl.ds(0, height)
                     plgpu.copy_gmem_to_smem(
                         x_gmem.at[pl.ds(first_row, height), ks],
                         x_smem.at[stage, top],
@@ -277,8 +277,8 @@ def run(
         kernel,
         out_type=out_types,
         scratch_types=[
-            plgpu.SMEM((stages, tiling.heights[-1], BLOCK), FP8, transforms=transforms),
-            plgpu.SMEM((stages, parts * columns, BLOCK), FP8, transforms=transforms),
+            plgpu.SMEM((stages, tiling.heights[-1], block_k), FP8, transforms=transforms),
+            plgpu.SMEM((stages, parts * columns, block_k), FP8, transforms=transforms),
             plgpu.SMEM((stages, tiling.heights[-1]), f32),
             plgpu.SMEM((consumers, slots, _OWN_ROWS, stored_columns), out_dtype, transforms=OUTPUT_TRANSFORMS),
             plgpu.Barrier(num_arrivals=1 + parts + (not scaled_at_the_end), num_barriers=stages),
