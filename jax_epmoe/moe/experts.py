@@ -159,8 +159,7 @@ def _products(
 
         return plain_gate_up, lambda chunk, hidden: multiply(hidden, w_down, chunk.group_sizes, bias=down_bias)
 
-    first, second = w_gate_up.weights, w_down.weights
-    once = None
+    static, once = w_gate_up.input_scales, None
     if not gathers(tokens, rows, w_gate_up, backend):
         with jax.named_scope("quantize"):
             once = quantize_input(tokens, w_gate_up, backend)
@@ -173,17 +172,23 @@ def _products(
 
     def gate_up(chunk: _Chunk) -> QuantizedArray:
         x, index = rows_of(chunk)
-        scales = {"x_scale": x.scales, "w_scale": first.scales, "out_scale": w_down.input_scales}
+        scales = _scales(x, w_gate_up, None if static is None else jnp.max(static))
         options = {"row_index": index, "activation": activation, "quantize_out": w_down.format.activations}
-        return multiply(x.values, first.values, chunk.group_sizes, bias=gate_up_bias, **scales, **options)
+        options["out_scale"] = w_down.input_scales
+        return multiply(x.values, w_gate_up.weights.values, chunk.group_sizes, bias=gate_up_bias, **scales, **options)
 
     def down(chunk: _Chunk, hidden: QuantizedArray) -> jax.Array:
-        scales = {"x_scale": hidden.scales, "w_scale": second.scales}
-        return multiply(
-            hidden.values, second.values, chunk.group_sizes, bias=down_bias, **scales, out_dtype=tokens.dtype
-        )
+        options = {"bias": down_bias, "out_dtype": tokens.dtype, **_scales(hidden, w_down, w_down.input_scales)}
+        return multiply(hidden.values, w_down.weights.values, chunk.group_sizes, **options)
 
     return gate_up, down
+
+
+def _scales(x: QuantizedArray, w: QuantizedWeights, static: jax.Array | None) -> dict[str, jax.Array]:
+    """Those of a product; `static` ones of x, one or an expert's each, go into the weights': then no row needs its own."""
+    if static is None:
+        return {"x_scale": x.scales, "w_scale": w.weights.scales}
+    return {"x_scale": jnp.ones((), jnp.float32), "w_scale": w.weights.scales * static}
 
 
 def _forward(tokens, w_gate_up, w_down, weights, plan, base, activation, backend, chunk_rows, expected_rows, biases):

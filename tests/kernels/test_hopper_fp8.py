@@ -4,6 +4,8 @@ Races are looked for where all scales come at the end. Where a row's scales come
 followed by another TMA write to it; the barrier between orders them on the GPU, but the interpreter asks for a fence as well.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,14 @@ CASES = {
         "k": 256, "n": 256, "sizes": (105, 7), "rows": 112, "tiling": Tiling(columns=256, heights=(112,), block_k=128, stages=2),
     },
     "blocks, two a step": {"tiling": Tiling(columns=128, heights=(16, 64), block_k=256, stages=2)},
+    "channels, high tiles, two a step": {
+        "kinds": KINDS["channel"], "k": 416, "sizes": (70, 0, 58), "bias": True,
+        "tiling": Tiling(columns=128, heights=(64, 80), block_k=256, stages=2),
+    },
+    "large groups, channels, two a step": {
+        "kinds": KINDS["channel"], "sizes": (70, 134), "rows": 204, "k": 416, "gated": True,
+        "tiling": dataclasses.replace(hopper_fp8_large.large_tiling(rows_per_expert=512, gated=True), block_k=256, stages=2),
+    },
     "channels, two a step": {"kinds": KINDS["channel"], "tiling": Tiling(columns=128, heights=(64,), block_k=256, stages=2)},
     "blocks, a gather": {"gather": 19, "sizes": (11, 0, 20), "rows": 40, "k": 256},
     "one scale a row of x, blocks of w": {"kinds": ("token", "block")},
@@ -261,3 +271,22 @@ def test_elsewhere_it_refuses(monkeypatch):
     x, w, sizes, _ = make_inputs()
     with pytest.raises(NotImplementedError, match="not a Hopper GPU"):
         run(hopper_fp8.quantized_matmul, x, w, sizes, out_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "k", "longer"),
+    [
+        (6144, 20, 5120, True),
+        (65536, 128, 2048, True),
+        (65536, 128, 2880, True),  # twelve steps of 256 for 23 of 128
+        (65536, 128, 1408, False),  # six for eleven
+        (49152, 160, 192, False),
+        (32768, 4, 7168, False),  # three warpgroups
+        (192, 20, 5120, False),  # decode
+    ],
+)
+def test_where_scales_come_at_the_end_high_tiles_steps_are_longer(rows, experts, k, longer):
+    options = {"n": 3072, "gated": False, "out_dtype": jnp.dtype(jnp.bfloat16)}
+    tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, **options)
+    found = hopper_fp8._with_longer_steps(tiling, k)
+    assert (found.block_k, found.stages) == ((256, 2) if longer else (tiling.block_k, tiling.stages))

@@ -238,11 +238,11 @@ def _choose(
 
 
 def _with_longer_steps(tiling: Tiling, k: int) -> Tiling:
-    """High tiles' steps twice as long, for half as many promotions, unless the last of them would be much longer than k is."""
+    """High tiles' steps twice as long, for half as many promotions, unless the last of them would be much longer than what is left of k."""
     longer = 2 * BLOCK
-    if (tiling.block_k, tiling.stages) != (BLOCK, 4) or pl.cdiv(k, longer) * longer > 1.05 * pl.cdiv(k, BLOCK) * BLOCK:
-        return tiling
-    return dataclasses.replace(tiling, block_k=longer, stages=2)
+    is_high = (tiling.block_k, tiling.stages) == (BLOCK, 4) and not hopper_fp8_large.promotes_meanwhile(tiling)
+    fits = k >= 2 * longer and pl.cdiv(k, longer) * longer <= 1.05 * pl.cdiv(k, BLOCK) * BLOCK
+    return dataclasses.replace(tiling, block_k=longer, stages=2) if is_high and fits else tiling
 
 
 _FEWEST_STEPS = 4

@@ -46,6 +46,11 @@ def large_tiling(*, rows_per_expert: float, gated: bool, quantizes: bool = False
     return Tiling(columns=columns, heights=_TWO_WARPGROUPS, block_k=BLOCK, stages=4)
 
 
+def promotes_meanwhile(tiling: Tiling) -> bool:
+    """Whether a warpgroup promotes while two multiply: there is nothing to gain from fewer promotions then."""
+    return tiling.heights == _THREE_WARPGROUPS
+
+
 def is_large(tiling: Tiling) -> bool:
     """Whether the tiling is one of `large_tiling`'s."""
     return tiling.heights in (_THREE_WARPGROUPS, _TWO_WARPGROUPS, _QUANTIZING)
