@@ -36,6 +36,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
         "a bias, k and n off the tile",
         "sizes around the tile",
     ),
+    "kernels/test_hopper_fp8.py::test_a_gates_output_is_quantised_by_its_experts_scale_where_it_was_summed": 4,
     "kernels/test_hopper_fp8.py::test_a_gates_output_is_quantised_where_it_was_summed": 4,
     "kernels/test_hopper_fp8.py::test_it_computes_the_definition": (
         "blocks, k in parts",
@@ -49,6 +50,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
     "kernels/test_hopper_outer.py::test_it_computes_the_definition_without_races": 5,
     "kernels/test_mla_hopper.py::test_it_is_a_softmax_over_each_sequences_own_positions": 2,
     "kernels/test_quantize_hopper.py::test_rows_are_quantised_bit_for_bit": 3,
+    "kernels/test_quantize_hopper.py::test_rows_are_quantised_by_given_scales_and_their_largest_numbers_found": 3,
     "kernels/test_rope_hopper.py::test_it_does_what_attention_does": 2,
     "kernels/test_route_hopper.py::test_it_chooses_as_the_layer_does": 6,
     "kernels/test_rows.py::test_the_hopper_kernel_sums_as_the_definition": 3,
@@ -85,6 +87,7 @@ THINNED: dict[str, int | tuple[str, ...]] = {
     "models/test_kv_cache.py::test_one_layers_cache_at_a_time_is_dequantised": 6,
     "models/test_kv_cache.py::test_small_heads_survive_beside_large_ones_and_would_not_with_a_shared_scale": 2,
     "models/test_kv_cache.py::test_the_engine_says_the_same_on_every_mesh": 0,
+    "models/test_lowering_for_hopper.py::test_a_float8_layer_s_rows_are_quantised_by_kernels": 4,
     "models/test_lowering_for_hopper.py::test_a_prompts_first_chunk_reads_no_cache": 2,
     "models/test_lowering_for_hopper.py::test_gpt_oss_has_them_too": 3,
     "models/test_lowering_for_hopper.py::test_products_rows_and_attention_have_their_kernels": 6,

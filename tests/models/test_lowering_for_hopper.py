@@ -169,6 +169,30 @@ def test_a_layer_with_many_tokens_and_its_gradients_have_their_kernels():
         assert "@order(" in program
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (8, 8), (8, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "by_rows", "gathered"),
+    [
+        ("fp8-block", set(), True),  # what goes into the second product: where it was summed
+        ("fp8-channel", {"quantize_tokens"}, True),
+        ("fp8-tensor", {"largest_of_rows", "quantize_by"}, False),  # one scale for all tokens
+        ("fp8-tensor-static", set(), True),
+    ],
+)
+def test_a_float8_layer_s_rows_are_quantised_by_kernels(monkeypatch, name, by_rows, gathered, sizes):
+    one_height = Tiling(columns=128, heights=(16,), block_k=128, stages=2)  # quickly lowered
+    monkeypatch.setattr(hopper_fp8, "choose_tiling", lambda **_: one_height)
+    options = {"dtype": jnp.bfloat16, "backend": "hopper", "quantization": name}
+    config = MoEConfig(512, 256, num_experts=8, top_k=2)
+    layer = nnx.eval_shape(lambda: EPMoE(config, mesh=make_mesh(*sizes), rngs=nnx.Rngs(0), **options))
+    graphdef, state = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((2048, config.hidden_size), jnp.bfloat16)
+    traced = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).trace(state, x)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"call @(quantize_\w+|largest_of_rows)\(", program)) == by_rows
+    assert ("2048x4x128xbf16" in program) == gathered  # x in groups of 128, as the gathering kernel takes it
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "qk_norm", "has_rope_kernel", "has_decode_kernel"),
     [(4, "head", True, True), (4, "full", False, True), (16, None, True, False), (2, "head", False, True)],
