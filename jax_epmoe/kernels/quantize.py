@@ -8,10 +8,8 @@ from jax_epmoe.kernels.device import on_hopper
 from jax_epmoe.quant import QuantizedArray, QuantizedWeights
 
 _KERNELS = {"group": quantize_hopper.quantize_groups, "token": quantize_hopper.quantize_tokens}
-_MOST_ROWS = (
-    3  # a token, for which quantising each row as it is gathered costs less than gathering what was quantised once
-)
-_FEW_VALUES = 2**22  # of rows, below which one kernel costs less than two, whatever they read
+_MOST_ROWS = 3  # a token: above it, rows quantised once and gathered in float8 cost less
+_FEW_VALUES = 2**22  # of all rows: below it, one kernel costs less than two
 
 
 def quantize_input(x: jax.Array, weights: QuantizedWeights, backend: str | None) -> QuantizedArray:
