@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOADS = ("dirichlet", "balanced", "one-hot")
-QUANTIZATIONS = (
-    "fp8-block",
-    "fp8-channel",
-    "fp8-tensor",
-)  # those of `jax_epmoe.quant.FORMATS` that products and models are measured in
+# Those of `jax_epmoe.quant.FORMATS` that products and models are measured in; static scales are the same work.
+QUANTIZATIONS = ("fp8-block", "fp8-channel", "fp8-tensor")
 OURS, GATED, GATHER, DENSE = "ours", "ours gated", "ours gather", "dense (jnp.dot)"
 TORCH, DEEPGEMM, MGPU, TOKAMAX, RAGGED_DOT, TRITON = (
     "torch._grouped_mm", "DeepGEMM", "jax ragged_dot_mgpu", "tokamax", "lax.ragged_dot", "ours in Triton",

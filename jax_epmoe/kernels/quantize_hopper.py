@@ -43,7 +43,6 @@ def quantize_groups(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
       rows: `[R, n]`, ones that it `serves`.
       num_rows: an int32, at most R.
     """
-
     width = _chunk(rows.shape[1])
 
     def turn(rows_gmem: Any, here: Any, chunk: jax.Array, values_gmem: Any, scales_gmem: Any) -> None:
@@ -77,7 +76,6 @@ def quantize_tokens(rows: jax.Array, num_rows: jax.Array) -> QuantizedArray:
 @jax.jit
 def quantize_by(rows: jax.Array, num_rows: jax.Array, scales: jax.Array) -> jax.Array:
     """The values of `quant.quantize(rows, "token", scales)`, for the same rows as `quantize_groups`; `scales [R]`."""
-
     width = _chunk(rows.shape[1])
 
     def turn(rows_gmem: Any, here: Any, chunk: jax.Array, scales_gmem: Any, values_gmem: Any) -> None:

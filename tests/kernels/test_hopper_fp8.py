@@ -179,19 +179,19 @@ def test_the_output_is_quantised_from_its_float32_values(monkeypatch, granularit
         (6144, 20, 1536, 5120, False, KINDS["block"], None),
         (192, 20, 5120, 1536, True, KINDS["block"], "group"),
         (512, 128, 768, 2048, False, KINDS["channel"], None),
-        (512, 128, 2048, 768, True, KINDS["channel"], "token"),
-        (6144, 20, 5120, 1536, True, KINDS["tensor"], "tensor"),
-        (32768, 4, 7168, 2048, True, KINDS["tensor"], "tensor"),
         (96, 32, 416, 136, False, KINDS["block"], None),
         (4800, 20, 5120, 1536, True, KINDS["block"], "group"),
         (32768, 4, 7168, 2048, True, KINDS["channel"], None),
         (32768, 4, 7168, 2048, True, KINDS["channel"], "token"),
         (65536, 128, 2048, 768, True, KINDS["block"], "group"),
         (65536, 128, 768, 2048, False, KINDS["channel"], None),
+        (512, 128, 2048, 768, True, KINDS["channel"], "token"),
+        (6144, 20, 5120, 1536, True, KINDS["tensor"], "tensor"),  # by scales of the experts
+        (32768, 4, 7168, 2048, True, KINDS["tensor"], "tensor"),
     ],
 )
 def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, gated, kinds, quantize_out):
-    out_dtype = jnp.dtype({None: jnp.bfloat16, "group": FP8}.get(quantize_out, jnp.float32))
+    out_dtype = jnp.dtype({None: jnp.bfloat16, "token": jnp.float32}.get(quantize_out, FP8))
     tiling = hopper_fp8.choose_tiling(rows=rows, experts=experts, n=n, gated=gated, out_dtype=out_dtype)
     height, weights = tiling.heights[-1], tiling.columns * (1 + gated)
     output = height * 128 * out_dtype.itemsize
@@ -209,14 +209,15 @@ def test_real_sizes_fit_shared_memory_and_lower_for_cuda(rows, experts, k, n, ga
 
     bias = jax.ShapeDtypeStruct(w_shape[:-1], jnp.bfloat16) if kinds == KINDS["channel"] else None
 
-    def multiply(x, w, sizes, x_scale, w_scale, bias):
+    def multiply(x, w, sizes, x_scale, w_scale, bias, out_scale):
         return hopper_fp8.quantized_matmul(
             x, w, sizes, x_scale=x_scale, w_scale=w_scale, activation="silu" if gated else None,
-            bias=bias, quantize_out=quantize_out, out_dtype=jnp.bfloat16,
+            bias=bias, quantize_out=quantize_out, out_scale=out_scale, out_dtype=jnp.bfloat16,
         )  # fmt: skip
 
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    lowered = jax.jit(multiply).trace(*shapes, sizes, *scales, bias).lower(lowering_platforms=("cuda",))
+    out_scale = jax.ShapeDtypeStruct((experts,), jnp.float32) if quantize_out == "tensor" else None
+    lowered = jax.jit(multiply).trace(*shapes, sizes, *scales, bias, out_scale).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
